@@ -1,0 +1,58 @@
+"""Devices, number formats and random numbers, for all scripts."""
+
+from contextlib import nullcontext
+
+import torch
+
+from common.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the first CUDA GPU, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+    return device
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 faster than float32 (Ampere and later; AVX-512 BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
+            return "avx512_bf16" in f.read()
+    except OSError:
+        return False
+
+
+def autocast(device: torch.device, enabled: bool):
+    """bfloat16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
+
+
+def step_generator(device: torch.device, *seeds: int) -> torch.Generator:
+    """A generator that depends on ``seeds`` alone, e.g. (training seed, step).
+
+    Training draws every random number of step s from the generator of (seed, s). Resuming then
+    needs no generator state, and what happens between steps cannot disturb the sequence.
+    """
+    mixed = 0x9E3779B97F4A7C15
+    for seed in seeds:  # splitmix64 finaliser: nearby seeds give unrelated streams
+        mixed = (mixed + seed + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator(device).manual_seed(mixed >> 1)
+
+
+def noise(seed: int, indices: range | list[int], *shape: int) -> torch.Tensor:
+    """Standard normal noise (len(indices), *shape) on the CPU. Row i depends on (seed, indices[i]) alone,
+    so a sample never depends on batch size, device or how many others are drawn."""
+    cpu = torch.device("cpu")
+    return torch.stack([torch.randn(*shape, generator=step_generator(cpu, seed, i)) for i in indices])

@@ -1,0 +1,30 @@
+"""Exponential moving average of a network's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Keeps ``module``, a copy of ``source`` whose weights follow it with the given decay.
+
+    The decay of step s is min(decay, (1 + s) / (10 + s)), so early averages forget the initial weights.
+    Buffers (batch-norm statistics) do not follow: averaged weights have statistics of their own, which
+    ``p1_train.reestimate_batch_norm`` measures. With decay 0 the copy is the source, buffers included.
+    """
+
+    def __init__(self, source: nn.Module, decay: float):
+        self.decay = decay
+        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, source: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        ours, theirs = list(self.module.parameters()), [p.detach() for p in source.parameters()]
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+    @torch.no_grad()
+    def copy_buffers(self, source: nn.Module) -> None:
+        for ours, theirs in zip(self.module.buffers(), source.buffers(), strict=True):
+            ours.copy_(theirs)

@@ -1,0 +1,34 @@
+"""Errors a user can cause end as one line on stderr and a non-zero exit code."""
+
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the file or option, and the remedy."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for an operating-system error: what failed, where, and what to do."""
+    place = error.filename if error.filename is not None else "the output folder"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{place}: not permitted ({error.strerror}); choose a place you can read and write"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}: the disk is full; free some space or choose another place"
+    return f"{place}: {error.strerror or error}"
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call ``main`` as a script's entry point: user errors become one line, Ctrl-C exits 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{name}: error: {error}")
+    except OSError as error:
+        sys.exit(f"{name}: error: {describe_os_error(error)}")
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)

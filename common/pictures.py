@@ -1,0 +1,62 @@
+"""Tensors to PNG files: single images, sheets, training curves."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.files import atomic
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(N, C, H, W) in [-1, 1] -> uint8 on the CPU, rounded to nearest; values outside are clamped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def save_png(image: Tensor, path: Path, compress_level: int = 6) -> None:
+    """uint8 (3, H, W) or (1, H, W) -> an RGB or gray PNG, written under a temporary name and renamed."""
+    pixels = image.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG", compress_level=compress_level)
+
+
+def sheet(images: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """uint8 (N, C, H, W) -> one uint8 picture (C, rows * (H + gap) + gap, ...), row by row, white gaps."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    canvas = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        canvas[:, top : top + h, left : left + w] = image
+    return canvas
+
+
+def plot_curves(metrics_csv: Path, path: Path, panels: list[list[str]], title: str) -> None:
+    """One panel per list of columns of a metrics CSV, against its ``step`` column. Empty cells are left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(metrics_csv, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    panels = [columns for columns in panels if any(row.get(c) for row in rows for c in columns)]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, columns in zip(axes[0], panels, strict=True):
+        for column in columns:
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=column, marker="." if len(points) < 30 else None)
+        axis.set_xlabel("training step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)

@@ -1,0 +1,181 @@
+"""Run folders: numbered, with their options, metrics and training state; budgets; stopping; resuming.
+
+A run folder ``runs/p1_sngan_000`` holds ``options.json``, ``metrics.csv``, ``curves.png``, ``samples/``,
+``state.pt`` (to resume) and the weights it exports.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import atomic, make_folder
+
+FREE_ON_RESUME = {"resume", "device", "data", "save_every", "out"}  # these may differ; the rest define the result
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Options every training script has."""
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument("--max-minutes", type=positive_float, help="stop, fully annealed, after so many minutes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and noise")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--bf16", action=boolean, help="bfloat16 autocast (default: where the processor profits)")
+    parser.add_argument("--save-every", type=positive_float, default=3.0, help="minutes between training states")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def to_json(options: argparse.Namespace) -> dict:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(options).items())}
+
+
+def given_options(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
+    """Names of the options that stand on the command line, whatever their values."""
+    silent = copy.deepcopy(parser)
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+        action.required = False
+    silent.set_defaults(**{k: argparse.SUPPRESS for k in silent._defaults})
+    return set(vars(silent.parse_args(argv)))
+
+
+def resume_options(parser: argparse.ArgumentParser, options: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
+    """The options saved in ``options.resume``, with the free ones from the command line.
+
+    Raises UserError naming every option that was given and differs from the saved one.
+    """
+    path = options.resume / "options.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["options"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; --resume takes a run folder, such as runs/p1_sngan_000") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; start a new run") from None
+    given, asked = given_options(parser, argv), to_json(options)
+    changed = [k for k in sorted(given - FREE_ON_RESUME) if asked[k] != saved.get(k)]
+    if changed:
+        listed = ", ".join(f"--{k.replace('_', '-')} (run {saved.get(k)}, given {asked[k]})" for k in changed)
+        raise UserError(f"{options.resume}: cannot resume with other options: {listed}; leave them out or start a new run")
+    merged = argparse.Namespace(**(asked | saved | {k: asked[k] for k in given}))
+    merged.resume = options.resume
+    merged.data, merged.out = Path(merged.data), Path(merged.out)
+    return merged
+
+
+def git_commit() -> str:
+    """Commit of the code, with ``+changes`` when the tree differs from it; ``unknown`` outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Run:
+    """One run folder. ``Run.start`` makes a new numbered one or opens the one to resume."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.state_path = self.folder / "state.pt"
+        self.metrics_path = self.folder / "metrics.csv"
+
+    @classmethod
+    def start(cls, name: str, options: argparse.Namespace) -> "Run":
+        if options.resume:
+            return cls(options.resume)
+        out = make_folder(options.out)
+        number = 1 + max((int(p.name[-3:]) for p in out.glob(f"{name}_[0-9][0-9][0-9]")), default=-1)
+        run = cls(out / f"{name}_{number:03d}")
+        make_folder(run.folder / "samples")
+        record = {"command": shlex.join(["python3", *sys.argv]), "commit": git_commit(), "options": to_json(options)}
+        with atomic(run.folder / "options.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return run
+
+    @property
+    def record(self) -> dict:
+        """What options.json holds: the command and commit that started the run, and its options."""
+        return json.loads((self.folder / "options.json").read_text(encoding="utf-8"))
+
+    def log(self, row: dict[str, object]) -> None:
+        """Append a row to metrics.csv. The first row decides the columns; floats keep 5 significant digits."""
+        row = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+        new = not self.metrics_path.exists()
+        with self.metrics_path.open("a", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def forget_after(self, step: int) -> None:
+        """Drop metric rows later than ``step``: a killed run may have logged past its last saved state."""
+        if not self.metrics_path.exists():
+            return
+        with self.metrics_path.open(newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            rows = [row for row in reader if int(row["step"]) <= step]
+        with atomic(self.metrics_path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, reader.fieldnames or ["step"])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class Budget:
+    """Progress in [0, 1] over ``steps`` and ``max_minutes``, whichever is further. Time before a resume counts."""
+
+    def __init__(self, steps: int, max_minutes: float | None, elapsed: float = 0.0):
+        self.steps, self.seconds = steps, (max_minutes or math.inf) * 60
+        self.started = time.monotonic() - elapsed
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def progress(self, step: int) -> float:
+        return min(1.0, max(step / self.steps, self.elapsed / self.seconds))
+
+
+def annealed(progress: float, hold: float = 0.5) -> float:
+    """Learning-rate factor: 1 for the first ``hold`` of the budget, then linear to 0."""
+    return min(1.0, (1.0 - progress) / (1.0 - hold)) if hold < 1 else 1.0
+
+
+class StopFlag:
+    """Turns SIGINT and SIGTERM into ``flag.set``, so that the loop can save and end. A second one kills."""
+
+    def __enter__(self) -> "StopFlag":
+        self.set = False
+        self.previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _stop(self, number: int, _frame: object) -> None:
+        self.set = True
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

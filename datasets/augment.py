@@ -1,0 +1,68 @@
+"""Augmentation of batches on their device. Every function draws from the generator it is given."""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def _uniform(x: Tensor, generator: Generator) -> Tensor:
+    return torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device, dtype=torch.float32)
+
+
+def random_flip(x: Tensor, generator: Generator) -> Tensor:
+    """Mirror each image of (N, C, H, W) left to right with probability one half."""
+    return torch.where(_uniform(x, generator) < 0.5, x.flip(3), x)
+
+
+def colour(x: Tensor, generator: Generator) -> Tensor:
+    """Brightness +-0.5, saturation 0..2, contrast 0.5..1.5 (Zhao et al. 2020, on images in [-1, 1])."""
+    x = x + (_uniform(x, generator) - 0.5)
+    mean = x.mean(1, keepdim=True)
+    x = mean + (x - mean) * (_uniform(x, generator) * 2)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (_uniform(x, generator) + 0.5)
+
+
+def translation(x: Tensor, generator: Generator, ratio: float = 0.125) -> Tensor:
+    """Shift by up to ``ratio`` of the side in both directions, zeros move in."""
+    n, _, h, w = x.shape
+
+    def shift(side: int) -> Tensor:
+        reach = int(side * ratio + 0.5)
+        return torch.randint(-reach, reach + 1, (n, 1, 1), generator=generator, device=x.device)
+
+    rows = torch.arange(h, device=x.device).view(1, h, 1) + shift(h) + 1
+    columns = torch.arange(w, device=x.device).view(1, 1, w) + shift(w) + 1
+    padded = F.pad(x, (1, 1, 1, 1))
+    batch = torch.arange(n, device=x.device).view(n, 1, 1)
+    picked = padded.permute(0, 2, 3, 1)[batch, rows.clamp(0, h + 1), columns.clamp(0, w + 1)]
+    return picked.permute(0, 3, 1, 2)
+
+
+def cutout(x: Tensor, generator: Generator, ratio: float = 0.5) -> Tensor:
+    """Zero a square of ``ratio`` of the side around a random centre."""
+    n, _, h, w = x.shape
+
+    def inside(side: int, shape: tuple[int, ...]) -> Tensor:
+        length = int(side * ratio + 0.5)
+        centre = torch.randint(0, side + 1 - length % 2, (n, 1, 1, 1), generator=generator, device=x.device)
+        offset = torch.arange(side, device=x.device).view(shape) - (centre - length // 2)
+        return (offset >= 0) & (offset < length)
+
+    return x * ~(inside(h, (1, 1, h, 1)) & inside(w, (1, 1, 1, w)))
+
+
+POLICIES = {"color": colour, "translation": translation, "cutout": cutout}
+
+
+def diff_augment(x: Tensor, policy: str, generator: Generator) -> Tensor:
+    """DiffAugment (Zhao et al. 2020, arXiv:2006.10738): differentiable augmentation of what the discriminator
+    sees, real and generated alike. ``policy`` is a comma list of color, translation, cutout; empty for none."""
+    for name in filter(None, policy.split(",")):
+        x = POLICIES[name](x, generator)
+    return x

@@ -1,0 +1,25 @@
+"""Faces for problem 1: 64x64 RGB, ``ROOT/{train,val}/*.png`` or the packed mosaics of the same splits."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from datasets.images import load_split
+
+SIZE = 64
+HELD_OUT = 2025  # as many training images as the validation set has
+
+
+def load_faces(root: Path, split: str) -> Tensor:
+    """uint8 (N, 3, 64, 64), in the order of the file names. Raises UserError for missing or unreadable files."""
+    return load_split(root, split, SIZE)
+
+
+def hold_out(images: Tensor) -> tuple[Tensor, Tensor]:
+    """(images to train on, held-out images for choosing a checkpoint).
+
+    Held out is the end of the training split, a tenth of it at most, so validation images play no part in
+    training or in selection.
+    """
+    count = min(HELD_OUT, len(images) // 10)
+    return images[: len(images) - count], images[len(images) - count :]

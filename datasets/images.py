@@ -1,0 +1,194 @@
+"""Images on disk -> one uint8 tensor, decoded once, cached. Shared by all data sets.
+
+Two forms are read:
+- a folder of image files (PNG, JPEG, WebP, BMP), in the order of their names;
+- packed mosaics: ``SPLIT_00.jpg, SPLIT_01.jpg, ...`` (or ``.webp``, ``.png``), each a grid of tiles with
+  50 columns, filled row by row, and ``SPLIT.csv`` whose column ``image_name`` lists the tiles in order.
+  40,000 faces fit in 85 MB this way, so they can be carried to a machine without a network.
+
+Any mode is converted: gray, palette and transparent images become RGB (transparency is dropped), and with
+``channels=1`` everything becomes gray (ITU-R 601 luma). A tile of another size is resized (Lanczos).
+"""
+
+import csv
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import atomic
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+COLUMNS = 50  # tiles per row of a mosaic
+FORMAT = "2"  # raise when decoding changes, so that older caches are rebuilt
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder, sorted by name. Raises UserError when it is missing or has none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder of images")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not paths:
+        raise UserError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))}); give a folder of images")
+    return paths
+
+
+def read_image(path: Path, size: int | None = None, channels: int = 3) -> np.ndarray:
+    """One image file -> uint8 (size, size, channels), or its own (H, W, channels) without ``size``."""
+    with Image.open(path) as image:
+        image = image.convert("RGB" if channels == 3 else "L")
+        if size is not None and image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
+        return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def decode_files(paths: list[Path], size: int, channels: int = 3, what: str = "images") -> Tensor:
+    """Image files -> uint8 (N, channels, size, size), in parallel, with a progress bar.
+
+    Raises one UserError that names the unreadable files, if any.
+    """
+    pixels = np.empty((len(paths), size, size, channels), np.uint8)
+    bad: list[Path] = []
+
+    def decode(i: int) -> None:
+        try:
+            pixels[i] = read_image(paths[i], size, channels)
+        except UNREADABLE:
+            bad.append(paths[i])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = pool.map(decode, range(len(paths)))
+        for _ in tqdm(jobs, f"decoding {what}", len(paths), unit="img", disable=len(paths) < 2000):
+            pass
+    if bad:
+        names = ", ".join(str(p) for p in sorted(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {names}; replace or remove them")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def find_mosaics(folder: Path, split: str) -> list[Path]:
+    """The packed mosaics of a split, in order; empty when the folder is not packed."""
+    return sorted(p for p in Path(folder).glob(f"{split}_[0-9]*") if p.suffix.lower() in SUFFIXES)
+
+
+def decode_mosaics(mosaics: list[Path], index: Path, size: int, channels: int = 3, what: str = "images") -> Tensor:
+    """Packed mosaics -> uint8 (N, channels, size, size), N being the rows of ``index``."""
+    count = len(read_index(index))
+    pixels = np.empty((count, size, size, channels), np.uint8)
+    start = 0
+    for path in tqdm(mosaics, f"decoding {what}", unit="mosaic", disable=count < 2000):
+        try:
+            grid = read_image(path, None, channels)
+        except UNREADABLE:
+            raise UserError(f"{path}: cannot be read; copy it again") from None
+        rows, columns = grid.shape[0] // size, grid.shape[1] // size
+        if columns != COLUMNS or grid.shape[0] % size:
+            raise UserError(f"{path}: {grid.shape[1]}x{grid.shape[0]} is not a mosaic of {size}x{size} tiles")
+        tiles = grid.reshape(rows, size, columns, size, channels).swapaxes(1, 2).reshape(-1, size, size, channels)
+        tiles = tiles[: count - start]
+        pixels[start : start + len(tiles)] = tiles
+        start += len(tiles)
+    if start < count:
+        raise UserError(f"{index}: lists {count} images, the mosaics hold {start}; copy the missing mosaics")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def read_index(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV with the column ``image_name``. Raises UserError when it is missing or has no such column."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open(newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    if not rows or "image_name" not in rows[0]:
+        raise UserError(f"{path}: needs a header line with image_name, and at least one row")
+    return rows
+
+
+def fingerprint(paths: list[Path], *settings: object) -> str:
+    """A key that changes when a file is added, removed, renamed, resized or rewritten, or a setting changes."""
+    digest = hashlib.sha256(repr((FORMAT, *settings)).encode())
+    for path in paths:
+        stat = path.stat()
+        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a file can really be made in ``folder`` (root passes every permission check, even read-only mounts)."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def cache_file(beside: Path, name: str) -> Path:
+    """``.cache_NAME.safetensors`` in the folder ``beside``; in the user's cache folder when that is read-only."""
+    beside = Path(beside).resolve()
+    if is_writable(beside):
+        return beside / f".cache_{name}.safetensors"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hw2"
+    place = hashlib.sha256(str(beside).encode()).hexdigest()[:12]
+    return home / f"{place}_{name}.safetensors"
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a CPU tensor's bytes."""
+    return f"{zlib.crc32(tensor.contiguous().view(-1).numpy()):08x}"
+
+
+def cached(path: Path, key: str, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()``, kept in ``path`` under ``key``. A cache with another key or wrong bytes is rebuilt.
+
+    When the cache cannot be written (read-only, full disk) the tensor is returned all the same.
+    """
+    try:
+        with safe_open(path, "pt") as f:
+            if (f.metadata() or {}).get("key") == key:
+                tensor = f.get_tensor("data")
+                if checksum(tensor) == f.metadata()["crc32"]:
+                    return tensor
+    except (OSError, SafetensorError, KeyError):
+        pass
+    tensor = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            save_file({"data": tensor.contiguous()}, temporary, {"key": key, "crc32": checksum(tensor)})
+    except (OSError, SafetensorError) as error:
+        tqdm.write(f"note: {path} could not be written ({error}); images will be decoded again next time")
+    return tensor
+
+
+def load_split(root: Path, split: str, size: int, channels: int = 3) -> Tensor:
+    """The images of ``root/split/`` or of the mosaics ``root/split_*.jpg``: uint8 (N, channels, size, size)."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; see README, Data")
+    name, what = f"{split}_{size}x{size}x{channels}", f"{root.name}/{split}"
+    mosaics = find_mosaics(root, split)
+    if mosaics and not (root / split).is_dir():
+        index = root / f"{split}.csv"
+        read_index(index)
+        key = fingerprint([*mosaics, index], size, channels)
+        return cached(cache_file(root, name), key, lambda: decode_mosaics(mosaics, index, size, channels, what))
+    if not (root / split).is_dir():
+        raise UserError(f"{root}: has neither a folder {split}/ nor packed mosaics {split}_00.*; see README, Data")
+    paths = list_images(root / split)
+    key = fingerprint(paths, size, channels)
+    return cached(cache_file(root, name), key, lambda: decode_files(paths, size, channels, what))

@@ -1,0 +1,1 @@
+"""Scores, computed from PNG files: Fréchet distance of Inception features, dlib face rate."""

@@ -1,0 +1,1 @@
+"""The networks and equations of the study. Nothing here reads arguments, devices or files."""
