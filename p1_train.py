@@ -16,8 +16,6 @@ generator is then updated through the new discriminator.
 
 import argparse
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,16 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.checkpoint import load_state, save_state, save_weights
 from common.device import autocast, bfloat16_pays, noise, pick_device, step_generator
 from common.ema import EMA
 from common.errors import UserError, run_main
-from common.pictures import plot_curves, save_png, sheet, to_uint8
-from common.run import Budget, Run, StopFlag, add_common_options, annealed, positive_int, resume_options
+from common.pictures import sheet
+from common.run import add_common_options, positive_int, resume_options
+from common.trainer import LOG_STEPS, Part, Trainer
 from datasets.augment import POLICIES, diff_augment, normalise, random_flip
 from datasets.faces import hold_out, load_faces
-from datasets.images import checksum
+from datasets.images import cache_file, checksum
+from metrics.detect import face_counts, face_rate
+from metrics.frechet import Inception, frechet_distance
 from models import dcgan, sngan
+from p1_test import generate
 
 MODELS = {"sngan": sngan, "dcgan": dcgan}
 OURS = {"lr_g": 2e-4, "lr_d": 4e-4, "ema": 0.999, "flip": True, "augment": "", "anneal": True, "steps": 100_000}
@@ -45,8 +46,8 @@ RECIPES = {
     ("sngan", "report"): REPORT | {"loss": "logistic", "augment": "color,translation,cutout", "steps": 1_202_000},
     ("dcgan", "report"): REPORT | {"loss": "logistic", "augment": "", "steps": 60_100},
 }
-LOG_STEPS = 50  # steps between the rows of losses
-COLLAPSE_LOSS = 0.02  # a mean discriminator loss below this leaves the generator nothing to learn from
+EVAL_SEED = -2  # noise of sheets and scores during training, apart from every seed used for reported numbers
+COLLAPSE_LOSS, COLLAPSE_ROWS = 0.02, 10  # mean loss below which the discriminator has won, for so many log rows
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,45 +86,28 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-@dataclass
 class Networks:
-    """Everything that training changes, and therefore everything that is saved."""
+    """Both networks, the averaged generator and both optimisers."""
 
-    generator: nn.Module
-    discriminator: nn.Module
-    ema: EMA
-    opt_g: torch.optim.Optimizer
-    opt_d: torch.optim.Optimizer
+    def __init__(self, o: argparse.Namespace, device: torch.device):
+        torch.manual_seed(o.seed)  # weights are drawn on the CPU: the same on every device
+        self.generator = MODELS[o.model].Generator(dim=o.dim).to(device, memory_format=torch.channels_last)
+        self.discriminator = MODELS[o.model].Discriminator(dim=o.dim).to(device, memory_format=torch.channels_last)
+        self.ema = EMA(self.generator, o.ema)
+        self.opt_g, self.opt_d = (
+            torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
+            for network, lr in ((self.generator, o.lr_g), (self.discriminator, o.lr_d))
+        )
 
     @property
-    def parts(self) -> dict:
-        return {
-            "generator": self.generator,
-            "discriminator": self.discriminator,
-            "ema": self.ema.module,
-            "opt_g": self.opt_g,
-            "opt_d": self.opt_d,
-        }
+    def average(self) -> nn.Module:
+        return self.ema.module
 
-    def state(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load(self, state: dict) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-
-
-def build_networks(o: argparse.Namespace, device: torch.device) -> Networks:
-    torch.manual_seed(o.seed)  # on the CPU, so that the same seed gives the same weights on every device
-    generator = MODELS[o.model].Generator(dim=o.dim).to(device, memory_format=torch.channels_last)
-    discriminator = MODELS[o.model].Discriminator(dim=o.dim).to(device, memory_format=torch.channels_last)
-
-    def adam(net: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(net.parameters(), lr, betas=(0.5, 0.999), fused=True)
-
-    return Networks(
-        generator, discriminator, EMA(generator, o.ema), adam(generator, o.lr_g), adam(discriminator, o.lr_d)
-    )
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Everything that training changes, and therefore everything that is saved."""
+        networks = {"generator": self.generator, "discriminator": self.discriminator, "average": self.average}
+        return networks | {"opt_g": self.opt_g, "opt_d": self.opt_d}
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
@@ -138,7 +122,7 @@ def generator_loss(fake: Tensor, kind: str) -> Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argparse.Namespace, bf16: bool) -> Tensor:
+def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argparse.Namespace) -> Tensor:
     """One update of both networks. Returns float32 (4,): loss_d, loss_g, mean D(x), mean D(G(z)).
 
     ``images`` uint8 (N, 3, 64, 64) on the training device; all randomness comes from (seed, step).
@@ -153,7 +137,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     for optimiser, lr in ((nets.opt_d, o.lr_d), (nets.opt_g, o.lr_g)):
         optimiser.param_groups[0]["lr"] = lr * factor
 
-    with autocast(device, bf16):
+    with autocast(device, o.bf16):
         fake = diff_augment(nets.generator(z), o.augment, random)
         logits_real = nets.discriminator.logits(real).float()
         logits_fake = nets.discriminator.logits(fake.detach()).float()
@@ -163,7 +147,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     nets.opt_d.step()
 
     nets.discriminator.requires_grad_(False)
-    with autocast(device, bf16):
+    with autocast(device, o.bf16):
         loss_g = generator_loss(nets.discriminator.logits(fake).float(), o.loss)
     nets.opt_g.zero_grad(set_to_none=True)
     loss_g.backward()
@@ -188,41 +172,27 @@ def reestimate_batch_norm(generator: nn.Module, device: torch.device, batches: i
         norm.momentum = 0.1
 
 
-@torch.no_grad()
-def sample(generator: nn.Module, count: int, device: torch.device) -> Tensor:
-    """``count`` images of fixed noise (seed -2, apart from every test seed), uint8 (N, 3, 64, 64) on the CPU."""
-    z = noise(-2, range(count), generator.z_dim)
-    return torch.cat([to_uint8(generator(batch.to(device))) for batch in z.split(100)])
+class Judge:
+    """Fréchet distance and face rate of a generator against held-out training images, where they can be had."""
 
-
-class Evaluator:
-    """Fréchet distance and face rate of samples; the reference is the held-out slice of the training images."""
-
-    def __init__(self, held_out: Tensor, count: int, device: torch.device):
+    def __init__(self, held_out: Tensor, count: int, device: torch.device, data: Path):
         self.held_out, self.count, self.device = held_out, count, device
+        self.cache = cache_file(data, "held_out_features")
         self.inception = None
-        if not count:
-            return
-        from metrics.frechet import Inception
+        if count:
+            try:
+                self.inception = Inception(device)
+            except UserError as error:
+                tqdm.write(f"note: no Fréchet distance in this run, the last weights are taken as the best: {error}")
 
-        try:
-            self.inception = Inception(device)
-        except UserError as error:
-            tqdm.write(f"note: no Fréchet distance in this run, the last weights are the best: {error}")
-
-    def __call__(self, generator: nn.Module) -> dict[str, float | str]:
-        from metrics.detect import face_counts, face_rate
-        from metrics.frechet import frechet_distance
-
+    def __call__(self, generator: nn.Module) -> dict[str, float]:
+        scores: dict[str, float] = {}
         if not self.count:
-            return {}
-        images = sample(generator, self.count, self.device)
-        scores: dict[str, float | str] = {}
+            return scores
+        images = generate(generator, self.count, EVAL_SEED, self.device)
         if self.inception:
-            if not hasattr(self, "reference"):
-                self.reference = self.inception.features(self.held_out, what="Inception, held out")
-            features = self.inception.features(images, what="Inception, samples")
-            scores = {"fd": frechet_distance(features, self.reference), "fd_name": self.inception.name}
+            reference = self.inception.reference(self.held_out, self.cache)
+            scores["fd"] = frechet_distance(self.inception.features(images, what="Inception, samples"), reference)
         try:
             scores["faces"] = face_rate(face_counts(images))
         except UserError as error:
@@ -230,142 +200,54 @@ class Evaluator:
         return scores
 
 
-METRICS = ("step", "minutes", "images_per_s", "lr_factor", "loss_d", "loss_g", "d_real", "d_fake", "fd", "faces")
-
-
-class Trainer:
-    """The loop: train_step, log, sample sheet, evaluate, save. Its position is ``step`` (updates done)."""
+class FaceTrainer(Trainer):
+    losses = ("loss_d", "loss_g", "d_real", "d_fake")
+    scores = ("fd", "faces")
+    selects = "fd"
+    panels = (("loss_d", "loss_g"), ("d_real", "d_fake"), ("fd",), ("faces",))
 
     def __init__(self, o: argparse.Namespace):
-        self.o, self.device = o, pick_device(o.device)
+        device = pick_device(o.device)
         if o.bf16 is None:
-            o.bf16 = bfloat16_pays(self.device)
+            o.bf16 = bfloat16_pays(device)
         images, held_out = hold_out(load_faces(o.data, "train"))
         if len(images) < 2 or len(held_out) < 2:
             raise UserError(f"{o.data}: {len(images) + len(held_out)} training images; at least 20 are needed")
-        self.data_id = f"{len(images)}-{checksum(images[:: max(1, len(images) // 500)])}"
-        self.images = images.to(self.device)
-        self.nets = build_networks(o, self.device)
-        self.step, elapsed, self.best = 0, 0.0, None
-        self.run = Run.start(f"p1_{o.model}", o)
-        if o.resume:
-            elapsed = self.restore()
-        self.budget = Budget(o.steps, o.max_minutes, elapsed)
-        self.evaluate = Evaluator(held_out, o.eval_images, self.device)
-        self.sums, self.since, self.low = torch.zeros(4, device=self.device), 0, 0
-        self.clock = self.last_save = time.monotonic()
-        torch.backends.cudnn.benchmark = True
+        data_id = f"{len(images)} training images, CRC-32 of a sample {checksum(images[:: max(1, len(images) // 500)])}"
+        self.images, self.nets, self.low = images.to(device), Networks(o, device), 0
+        super().__init__(f"p1_{o.model}", o, device, data_id, self.nets.parts)
+        self.judge = Judge(held_out, o.eval_images, device, o.data)
 
-    def restore(self) -> float:
-        state = load_state(self.run.state_path, self.device)
-        if state["data"] != self.data_id:
-            raise UserError(f"{self.o.data}: other images than {self.run.folder} was started with; give the same --data")
-        self.nets.load(state["networks"])
-        self.step, self.best = state["step"], state["best"]
-        self.run.forget_after(self.step)
-        return state["elapsed"]
+    def update(self) -> Tensor:
+        return train_step(self.nets, self.images, self.step, self.factor, self.o)
 
-    def save(self) -> None:
-        state = {
-            "networks": self.nets.state(),
-            "step": self.step,
-            "elapsed": self.budget.elapsed,
-            "best": self.best,
-            "data": self.data_id,
-        }
-        save_state(self.run.state_path, state)
-        self.last_save = time.monotonic()
-
-    def averaged(self) -> nn.Module:
-        """The averaged generator, with batch-norm statistics that belong to its weights."""
-        if self.o.ema:
-            reestimate_batch_norm(self.nets.ema.module, self.device)
-        else:
-            self.nets.ema.copy_buffers(self.nets.generator)
-        return self.nets.ema.module
-
-    def export(self, name: str, scores: dict) -> None:
-        record = self.run.record
-        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        card = {
-            "model": self.o.model,
-            "config": {"z_dim": self.nets.generator.z_dim, "dim": self.o.dim},
-            "command": record["command"],
-            "commit": record["commit"],
-            "options": record["options"],
-            "data": f"{len(self.images)} training images ({self.data_id})",
-            "steps": self.step,
-            "minutes": round(self.budget.elapsed / 60, 1),
-            "hardware": gpu or f"CPU, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "held_out_scores": scores,
-        }
-        save_weights(self.run.folder / f"{name}.safetensors", self.nets.ema.module.state_dict(), card)
-
-    def log(self, bar: tqdm, scores: dict) -> None:
-        """A metrics row: means since the last one, and the scores if there are any."""
-        means, now = (self.sums / max(self.since, 1)).tolist(), time.monotonic()
-        rate = self.since * self.o.batch_size / max(now - self.clock, 1e-9)
-        values = (self.step, self.budget.elapsed / 60, rate, self.factor, *means, scores.get("fd"), scores.get("faces"))
-        self.run.log(dict(zip(METRICS, values, strict=True)))
-        bar.set_postfix_str(
-            f"loss D {means[0]:.3f} G {means[1]:.3f}, D(x) {means[2]:.2f}, D(G(z)) {means[3]:.2f}, {rate:.0f} img/s"
-        )
-        self.low = self.low + 1 if means[0] < COLLAPSE_LOSS else 0
-        if self.low == 10:
+    def describe(self, means: dict[str, float]) -> str:
+        self.low = self.low + 1 if means["loss_d"] < COLLAPSE_LOSS else 0
+        if self.low == COLLAPSE_ROWS:
             tqdm.write(
                 f"warning: step {self.step}: the discriminator has won (loss below {COLLAPSE_LOSS} for "
-                f"{10 * LOG_STEPS} steps); the generator no longer learns. Lower --lr-d or add --augment"
+                f"{COLLAPSE_ROWS * LOG_STEPS} steps); the generator no longer learns. Lower --lr-d or add --augment"
             )
-        self.sums.zero_()
-        self.since, self.clock = 0, now
+        return "loss D {loss_d:.3f} G {loss_g:.3f}, D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}".format(**means)
 
-    def checkpoint(self, bar: tqdm, evaluate: bool) -> None:
-        """Sample sheet, scores when asked for, exported weights, curves."""
-        generator = self.averaged()
-        save_png(sheet(sample(generator, 64, self.device), 8), self.run.folder / f"samples/{self.step:07d}.png")
-        scores = self.evaluate(generator) if evaluate else {}
-        self.log(bar, scores)
-        self.export("last", scores)
-        if "fd" in scores:
-            tqdm.write(f"step {self.step}: {scores['fd_name']} {scores['fd']:.3f}, faces {scores.get('faces', 0):.1f} %")
-        if evaluate and ("fd" not in scores or self.best is None or scores["fd"] < self.best):
-            self.best = scores.get("fd")
-            self.export("best", scores)
-        panels = [["loss_d", "loss_g"], ["d_real", "d_fake"], ["fd"], ["faces"]]
-        plot_curves(self.run.metrics_path, self.run.folder / "curves.png", panels, self.run.folder.name)
+    def prepare(self) -> None:
+        if self.o.ema:
+            reestimate_batch_norm(self.nets.average, self.device)
+        else:
+            self.nets.ema.copy_buffers(self.nets.generator)
 
-    def train(self) -> None:
-        o = self.o
-        self.nets.generator.train()
-        self.nets.discriminator.train()
-        with StopFlag() as stop, tqdm(initial=self.step, total=o.steps, unit="step", desc=self.run.folder.name) as bar:
-            while (progress := self.budget.progress(self.step)) < 1 and not stop.set:
-                self.factor = annealed(progress) if o.anneal else 1.0
-                self.sums += train_step(self.nets, self.images, self.step, self.factor, o, o.bf16)
-                self.step += 1
-                self.since += 1
-                bar.update()
-                done = self.budget.progress(self.step) >= 1
-                if done or self.step % o.eval_every == 0:
-                    self.checkpoint(bar, evaluate=True)
-                elif self.step % o.sample_every == 0:
-                    self.checkpoint(bar, evaluate=False)
-                elif self.step % LOG_STEPS == 0:
-                    self.log(bar, {})
-                if done or time.monotonic() - self.last_save > o.save_every * 60:
-                    self.save()
-            if stop.set:
-                self.save()
-                tqdm.write(f"stopped at step {self.step}; go on with: python3 p1_train.py --resume {self.run.folder}")
-                sys.exit(130)
+    def picture(self) -> Tensor:
+        return sheet(generate(self.nets.average, 64, EVAL_SEED, self.device), columns=8)
+
+    def evaluate(self) -> dict[str, float]:
+        return self.judge(self.nets.average)
+
+    def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
+        return self.o.model, {"z_dim": self.nets.generator.z_dim, "dim": self.o.dim}, self.nets.average.state_dict()
 
 
 def main() -> None:
-    trainer = Trainer(parse_options(sys.argv[1:]))
-    trainer.train()
-    print(f"done: {trainer.run.folder}/best.safetensors; sample it with: ", end="")
-    print(f"python3 p1_test.py --weights {trainer.run.folder}/best.safetensors --out faces")
+    FaceTrainer(parse_options(sys.argv[1:])).train()
 
 
 if __name__ == "__main__":

@@ -9,18 +9,20 @@ format of ``sha256sum``) is verified on load. A training state is a ``torch.save
 import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import atomic
 
 CHECKSUMS = "SHA256SUMS"
+RESTORE = "restore it (git checkout), or give another file"
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -53,20 +55,36 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """(state dict in float32, card). Raises UserError when the file is missing, damaged or not ours."""
     path = Path(path)
-    restore = "restore it (git checkout), or pass another file"
     if not path.is_file():
-        raise UserError(f"{path}: no such weight file; {restore}")
+        raise UserError(f"{path}: no such weight file; {RESTORE}")
     data = path.read_bytes()
     expected = read_checksums(path.parent).get(path.name)
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-        raise UserError(f"{path}: damaged, it does not match its line in {path.parent / CHECKSUMS}; {restore}")
+        raise UserError(f"{path}: damaged, it does not match its line in {path.parent / CHECKSUMS}; {RESTORE}")
     try:
         tensors = load_tensors(data)
-        with safe_open(path, "pt") as f:
-            card = json.loads((f.metadata() or {})["card"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a weight file of this repository ({error}); {restore}") from None
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the safetensors format
+        card = json.loads(header["__metadata__"]["card"])
+    except (SafetensorError, KeyError, ValueError):
+        raise UserError(f"{path}: not a weight file of this repository, or cut short; {RESTORE}") from None
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, card
+
+
+def load_network(path: Path, kinds: dict[str, Callable[..., nn.Module]]) -> tuple[nn.Module, dict]:
+    """(network in eval mode on the CPU, card) of a weight file; ``kinds`` maps the card's ``model`` to a class.
+
+    Raises UserError when the file is missing, damaged, or holds another kind of network.
+    """
+    state, card = load_weights(path)
+    kind = card.get("model")
+    if kind not in kinds:
+        raise UserError(f"{path}: holds weights of {kind!r}; this script needs one of {', '.join(kinds)}")
+    try:
+        network = kinds[kind](**card["config"])
+        network.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path}: its tensors do not fit the network {kind!r}; {RESTORE}") from None
+    return network.eval(), card
 
 
 def save_state(path: Path, state: dict) -> None:

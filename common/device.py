@@ -1,6 +1,7 @@
 """Devices, number formats and random numbers, for all scripts."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -25,8 +26,7 @@ def bfloat16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
-            return "avx512_bf16" in f.read()
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return False
 

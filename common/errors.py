@@ -1,6 +1,7 @@
 """Errors a user can cause end as one line on stderr and a non-zero exit code."""
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,9 @@ def describe_os_error(error: OSError) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call ``main`` as a script's entry point: user errors become one line, Ctrl-C exits 130."""
+    """Call ``main`` as a script's entry point: user errors become one line, Ctrl-C and SIGTERM clean up and end."""
     name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except UserError as error:

@@ -1,6 +1,9 @@
 """Tensors to PNG files: single images, sheets, training curves."""
 
 import csv
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.files import atomic
+from common.files import atomic, make_folder
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -24,6 +27,29 @@ def save_png(image: Tensor, path: Path, compress_level: int = 6) -> None:
         picture.save(temporary, format="PNG", compress_level=compress_level)
 
 
+def save_images(images: Tensor, names: list[str], out: Path) -> None:
+    """uint8 (N, C, H, W) -> ``out/NAME`` for each name. All files appear together, at the end, or none does.
+
+    The folder is made when missing. A note names files in it that are not of this set.
+    """
+    existed = Path(out).is_dir()
+    out = make_folder(out)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as temporary:
+            for image, name in zip(images, names, strict=True):
+                save_png(image, Path(temporary) / name)
+            for name in names:
+                (Path(temporary) / name).replace(out / name)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    foreign = sorted({p.name for p in out.iterdir()} - set(names))
+    if foreign:
+        listed = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        print(f"note: {out} also holds {len(foreign)} other files ({listed})", file=sys.stderr)
+
+
 def sheet(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     """uint8 (N, C, H, W) -> one uint8 picture (C, rows * (H + gap) + gap, ...), row by row, white gaps."""
     n, c, h, w = images.shape
@@ -35,14 +61,14 @@ def sheet(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     return canvas
 
 
-def plot_curves(metrics_csv: Path, path: Path, panels: list[list[str]], title: str) -> None:
-    """One panel per list of columns of a metrics CSV, against its ``step`` column. Empty cells are left out."""
+def plot_curves(metrics_csv: Path, path: Path, panels: tuple[tuple[str, ...], ...], title: str) -> None:
+    """One panel per tuple of columns of a metrics CSV, against its ``step`` column. Empty cells are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(metrics_csv, newline="", encoding="utf-8") as f:
+    with metrics_csv.open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     panels = [columns for columns in panels if any(row.get(c) for row in rows for c in columns)]
     if not panels:

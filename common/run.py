@@ -58,7 +58,7 @@ def given_options(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
     for action in silent._actions:
         action.default = argparse.SUPPRESS
         action.required = False
-    silent.set_defaults(**{k: argparse.SUPPRESS for k in silent._defaults})
+    silent.set_defaults(**dict.fromkeys(silent._defaults, argparse.SUPPRESS))
     return set(vars(silent.parse_args(argv)))
 
 
@@ -78,7 +78,7 @@ def resume_options(parser: argparse.ArgumentParser, options: argparse.Namespace,
     changed = [k for k in sorted(given - FREE_ON_RESUME) if asked[k] != saved.get(k)]
     if changed:
         listed = ", ".join(f"--{k.replace('_', '-')} (run {saved.get(k)}, given {asked[k]})" for k in changed)
-        raise UserError(f"{options.resume}: cannot resume with other options: {listed}; leave them out or start a new run")
+        raise UserError(f"{options.resume}: cannot resume with other options: {listed}; leave them out")
     merged = argparse.Namespace(**(asked | saved | {k: asked[k] for k in given}))
     merged.resume = options.resume
     merged.data, merged.out = Path(merged.data), Path(merged.out)

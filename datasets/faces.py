@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from datasets.images import load_split
+from datasets.images import decode_files, find_mosaics, list_images, load_split
 
 SIZE = 64
 HELD_OUT = 2025  # as many training images as the validation set has
@@ -23,3 +23,14 @@ def hold_out(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     count = min(HELD_OUT, len(images) // 10)
     return images[: len(images) - count], images[len(images) - count :]
+
+
+def load_reference(folder: Path) -> Tensor:
+    """Real faces to score against, uint8 (N, 3, 64, 64): the images of ``folder``, or the split val of a data root.
+
+    Raises UserError for a missing or empty folder or unreadable files.
+    """
+    folder = Path(folder)
+    if (folder / "val").is_dir() or find_mosaics(folder, "val"):
+        return load_faces(folder, "val")
+    return decode_files(list_images(folder), SIZE, what=str(folder))

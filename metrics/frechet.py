@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError
-from datasets.images import cache_file, cached, decode_files, fingerprint, list_images
+from datasets.images import cached, checksum
 
 MISSING = (
     "the Inception weights of pytorch-fid are not here and could not be downloaded; connect once, or point "
@@ -58,14 +58,14 @@ class Inception:
             except OSError:  # URLError is one: no network
                 raise UserError(MISSING) from None
             except (RuntimeError, EOFError) as error:
-                raise UserError(f"the Inception weights in TORCH_HOME are damaged ({str(error)[:80]}); delete them") from None
+                raise UserError(f"the Inception weights under TORCH_HOME are damaged ({error}); delete them") from None
             return net.eval()
 
         self.dims = dims or 2048
         net = build(self.dims)
         if self.dims == 2048 and any(p.isnan().any() for p in net.parameters()):
             if dims is not None:
-                raise UserError("2048-d features need the official Inception weights; those in TORCH_HOME stop at Mixed_7a")
+                raise UserError("2048-d features need the official Inception weights; those here stop at Mixed_7a")
             self.dims, self.reason = 768, "the Inception weights on this machine stop before the 2048-d layer"
             net = build(self.dims)
         self.net = fuse_batch_norm(net).to(device, memory_format=torch.channels_last)
@@ -84,22 +84,14 @@ class Inception:
             batches.append(f.mean((2, 3)).cpu())  # no-op for 2048: already pooled to 1x1
         return torch.cat(batches)
 
-    def folder_features(self, folder: Path, size: int, cache: bool = False) -> Tensor:
-        """Features of all images of a folder; with ``cache`` they are kept beside it until a file changes."""
-        paths = list_images(folder)
+    def reference(self, images: Tensor, cache: Path) -> Tensor:
+        """Features of real images, kept in the file ``cache`` for as long as the pixels stay the same."""
+        key = f"{self.dims} {len(images)} {checksum(images)}"
 
         def compute() -> Tensor:
-            return self.features(decode_files(paths, size, what=str(folder)), what=f"Inception, {folder}")
+            return self.features(images, what="Inception, real images (kept)").view(torch.uint8)
 
-        if not cache:
-            return compute()
-        key = fingerprint(paths, "inception", self.dims, size)
-        return cached_floats(cache_file(folder, f"inception{self.dims}"), key, compute)
-
-
-def cached_floats(path: Path, key: str, compute) -> Tensor:
-    """``cached`` for float32 tensors, which it keeps as bytes (N, 4 * d)."""
-    return cached(path, key, lambda: compute().contiguous().view(torch.uint8)).view(torch.float32)
+        return cached(cache, key, compute).view(torch.float32)
 
 
 def fuse_batch_norm(net: torch.nn.Module) -> torch.nn.Module:

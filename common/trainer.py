@@ -1,0 +1,165 @@
+"""The training loop that the three problems share: update, log, show, evaluate, save, resume, stop."""
+
+import argparse
+import sys
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.checkpoint import load_state, save_state, save_weights
+from common.errors import UserError
+from common.pictures import plot_curves, save_png
+from common.run import Budget, Run, StopFlag, annealed
+
+LOG_STEPS = 50  # steps between rows of metrics.csv
+
+
+class Part(Protocol):
+    """A network, an average or an optimiser: something with a state to save."""
+
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> object: ...
+
+
+class Trainer:
+    """A resumable loop. ``step`` counts the updates done, ``factor`` is the learning-rate factor of the next one.
+
+    A problem's trainer sets the four class attributes and defines the methods that raise NotImplementedError. Its
+    ``update`` must draw every random number from ``common.device.step_generator(device, seed, step)``; a resumed
+    run is then the same as one that was never stopped.
+    """
+
+    losses: tuple[str, ...]  # names of what ``update`` returns
+    scores: tuple[str, ...]  # names of what ``evaluate`` may return
+    selects: str  # the score whose smallest value marks the best weights
+    panels: tuple[tuple[str, ...], ...]  # columns drawn together in curves.png
+
+    def __init__(self, name: str, o: argparse.Namespace, device: torch.device, data_id: str, parts: dict[str, Part]):
+        """``name`` of the run folder, options, device, a key of the training data, and all that training changes."""
+        self.o, self.device, self.data_id, self.parts = o, device, data_id, parts
+        self.step, self.factor, self.best, elapsed = 0, 1.0, None, 0.0
+        self.run = Run.start(name, o)
+        if o.resume:
+            elapsed = self.restore()
+        self.budget = Budget(o.steps, o.max_minutes, elapsed)
+        self.sums, self.since = torch.zeros(len(self.losses), device=device), 0
+        self.clock = self.last_save = time.monotonic()
+        torch.backends.cudnn.benchmark = True
+
+    def update(self) -> Tensor:
+        """One update of all networks; returns ``losses``, float32 on the device, without waiting for it."""
+        raise NotImplementedError
+
+    def describe(self, means: dict[str, float]) -> str:
+        """What the progress bar says of the mean losses since the last time; the place for warnings, too."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Called before a checkpoint: bring the weights that will be shown, scored and exported up to date."""
+
+    def picture(self) -> Tensor | None:
+        """uint8 (C, H, W) that shows where training is, from fixed noise or data; None for no picture."""
+        return None
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores on held-out training data, by their names in ``scores``; those that cannot be had are left out."""
+        raise NotImplementedError
+
+    def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
+        """(model, its configuration, state dict) to export."""
+        raise NotImplementedError
+
+    def restore(self) -> float:
+        """Load the saved state; returns the seconds trained so far."""
+        state = load_state(self.run.state_path, self.device)
+        if state["data"] != self.data_id:
+            raise UserError(
+                f"{self.o.data}: not the data that {self.run.folder} was started with; give the same --data"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.step, self.best = state["step"], state["best"]
+        self.run.forget_after(self.step)
+        return state["elapsed"]
+
+    def save(self) -> None:
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        position = {"step": self.step, "elapsed": self.budget.elapsed, "best": self.best, "data": self.data_id}
+        save_state(self.run.state_path, {"parts": parts, **position})
+        self.last_save = time.monotonic()
+
+    def export(self, name: str, scores: dict) -> None:
+        record, (model, config, state) = self.run.record, self.weights()
+        cuda = self.device.type == "cuda"
+        card = {
+            "model": model,
+            "config": config,
+            "command": record["command"],
+            "commit": record["commit"],
+            "options": record["options"],
+            "data": self.data_id,
+            "steps": self.step,
+            "minutes": round(self.budget.elapsed / 60, 1),
+            "hardware": torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "bf16": self.o.bf16,
+            "torch": str(torch.__version__),
+            "held_out_scores": scores,
+        }
+        save_weights(self.run.folder / f"{name}.safetensors", state, card)
+
+    def log(self, bar: tqdm, scores: dict) -> None:
+        """A row of metrics.csv: mean losses since the last row, and the scores, if any."""
+        now = time.monotonic()
+        means = dict(zip(self.losses, (self.sums / max(self.since, 1)).tolist(), strict=True))
+        rate = self.since * self.o.batch_size / max(now - self.clock, 1e-9)
+        row = {"step": self.step, "minutes": self.budget.elapsed / 60, "images_per_s": rate, "lr_factor": self.factor}
+        self.run.log(row | means | {name: scores.get(name) for name in self.scores})
+        bar.set_postfix_str(f"{self.describe(means)}, {rate:.0f} img/s")
+        self.sums.zero_()
+        self.since, self.clock = 0, now
+
+    def checkpoint(self, bar: tqdm, evaluate: bool) -> None:
+        """Picture, scores where asked for, exported weights, curves."""
+        self.prepare()
+        picture = self.picture()
+        if picture is not None:
+            save_png(picture, self.run.folder / "samples" / f"{self.step:07d}.png")
+        scores = self.evaluate() if evaluate else {}
+        self.log(bar, scores)
+        self.clock = time.monotonic()  # the time a checkpoint takes is not training speed
+        self.export("last", scores)
+        if scores:
+            tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        score = scores.get(self.selects)
+        if evaluate and (score is None or self.best is None or score < self.best):
+            self.best = score
+            self.export("best", scores)
+        plot_curves(self.run.metrics_path, self.run.folder / "curves.png", self.panels, self.run.folder.name)
+
+    def train(self) -> None:
+        """Run until the budget is used up. After SIGINT or SIGTERM the state is saved and the script exits with 130."""
+        o = self.o
+        with StopFlag() as stop, tqdm(initial=self.step, total=o.steps, unit="step", desc=self.run.folder.name) as bar:
+            while (progress := self.budget.progress(self.step)) < 1 and not stop.set:
+                self.factor = annealed(progress) if o.anneal else 1.0
+                self.sums += self.update()
+                self.step += 1
+                self.since += 1
+                bar.update()
+                done = self.budget.progress(self.step) >= 1
+                if done or self.step % o.eval_every == 0:
+                    self.checkpoint(bar, evaluate=True)
+                elif self.step % o.sample_every == 0:
+                    self.checkpoint(bar, evaluate=False)
+                elif self.step % LOG_STEPS == 0:
+                    self.log(bar, {})
+                if done or time.monotonic() - self.last_save > o.save_every * 60:
+                    self.save()
+            if stop.set:
+                self.save()
+                tqdm.write(f"stopped at step {self.step}; go on with: python3 {sys.argv[0]} --resume {self.run.folder}")
+                sys.exit(130)
+        print(f"done: {self.run.folder / 'best.safetensors'}")

@@ -1,0 +1,108 @@
+"""Generate faces (problem 1) from a weight file, and score them.
+
+  python3 p1_test.py --out faces                                       # 1,000 faces, 0001.png ... 1000.png
+  python3 p1_test.py --out faces --evaluate hw2_data/face/val          # and their Fréchet distance and face rate
+  python3 p1_test.py --out more --count 5000 --seed 1 --sheet first32.png
+
+Needs nothing but the weight file, which says what network it belongs to. Face i depends on (weights, seed, i)
+alone, not on the count; noise is drawn on the CPU for every device. Scores are computed from the PNG files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.checkpoint import load_network
+from common.device import noise, pick_device
+from common.errors import UserError, run_main
+from common.files import make_folder
+from common.pictures import save_images, save_png, sheet, to_uint8
+from common.run import positive_int
+from models.dcgan import Generator
+
+WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p1_sngan.safetensors"
+SLICE = 50  # images per forward pass; a constant, because float sums may differ in the last bit between sizes
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p1_sngan.safetensors")
+    parser.add_argument("--count", type=positive_int, default=1000, help="images to write (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write the first 32 images as a sheet, too")
+    parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the images of this folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    return parser.parse_args(argv)
+
+
+@torch.inference_mode()
+def generate(generator: nn.Module, count: int, seed: int, device: torch.device) -> Tensor:
+    """Images 0 ... ``count`` - 1 of ``seed``: uint8 (count, 3, 64, 64) on the CPU, computed in float32.
+
+    ``generator`` is in eval mode on ``device``. Every forward pass has exactly SLICE images.
+    """
+    images = []
+    starts = range(0, count, SLICE)
+    for start in tqdm(starts, "generating", unit="batch", leave=False, disable=count < 5000):
+        z = noise(seed, range(start, start + SLICE), generator.z_dim)
+        images.append(to_uint8(generator(z.to(device))))
+    return torch.cat(images)[:count]
+
+
+class Judge:
+    """Fréchet distance and face rate of image files against real faces.
+
+    Set up before anything is generated, so that missing data or Inception weights stop the script at once.
+    """
+
+    def __init__(self, real: Path, device: torch.device):
+        from datasets.faces import load_reference
+        from datasets.images import cache_file
+        from metrics.detect import face_counts
+        from metrics.frechet import Inception
+
+        self.real, images = real, load_reference(real)
+        face_counts(images[:0])  # dlib is there
+        self.inception = Inception(device)
+        self.features = self.inception.reference(images, cache_file(real, f"inception{self.inception.dims}"))
+
+    def __call__(self, paths: list[Path]) -> None:
+        from datasets.faces import SIZE
+        from datasets.images import decode_files
+        from metrics.detect import face_counts, face_rate
+        from metrics.frechet import frechet_distance
+
+        images = decode_files(paths, SIZE)
+        distance = frechet_distance(self.inception.features(images, what="Inception, samples"), self.features)
+        reason = f" ({self.inception.reason})" if self.inception.reason else ""
+        against = f"{len(images)} images against {len(self.features)} of {self.real}"
+        print(f"{self.inception.name} {distance:.4f}: {against}{reason}")
+        print(f"faces {face_rate(face_counts(images)):.1f} %: images in which dlib finds exactly one face")
+
+
+def main() -> None:
+    o = parse_options(sys.argv[1:])
+    device = pick_device(o.device)
+    torch.backends.cudnn.allow_tf32 = False
+    generator, _ = load_network(o.weights, {"sngan": Generator, "dcgan": Generator})
+    if o.evaluate and o.count < 2:
+        raise UserError(f"--count {o.count}: a Fréchet distance needs at least 2 images")
+    judge = Judge(o.evaluate, device) if o.evaluate else None
+    images = generate(generator.to(device), o.count, o.seed, device)
+    names = [f"{i:04d}.png" for i in range(1, o.count + 1)]
+    save_images(images, names, o.out)
+    if o.sheet:
+        make_folder(o.sheet.parent)
+        save_png(sheet(images[:32], columns=8), o.sheet)
+    print(f"{o.out}: {o.count} images")
+    if judge:
+        judge([o.out / name for name in names])
+
+
+if __name__ == "__main__":
+    run_main(main)
