@@ -160,7 +160,7 @@ def cached(path: Path, key: str, compute: Callable[[], Tensor]) -> Tensor:
     try:
         with safe_open(path, "pt") as f:
             if (f.metadata() or {}).get("key") == key:
-                tensor = f.get_tensor("data")
+                tensor = f.get_tensor("data").clone()  # a copy: the file is memory-mapped and may change
                 if checksum(tensor) == f.metadata()["crc32"]:
                     return tensor
     except (OSError, SafetensorError, KeyError):

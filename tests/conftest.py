@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import MeanInception, smooth_images, write_pngs
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    """A face data root of the course's layout: train/ of 60 and val/ of 12 images."""
+    root = tmp_path_factory.mktemp("data") / "face"
+    write_pngs(root / "train", smooth_images(60, 64, seed=1))
+    write_pngs(root / "val", smooth_images(12, 64, seed=2))
+    return root
+
+
+@pytest.fixture
+def mean_inception(monkeypatch):
+    """Fréchet distances of block means instead of Inception features, in every script."""
+    import metrics.frechet
+    import p1_train
+
+    monkeypatch.setattr(metrics.frechet, "Inception", MeanInception)
+    monkeypatch.setattr(p1_train, "Inception", MeanInception)
+
+
+@pytest.fixture
+def no_inception(monkeypatch, tmp_path):
+    """A machine without Inception weights and without a network."""
+    from urllib.error import URLError
+
+    def refuse(*_args, **_kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+
+
+torch.set_num_threads(2)
