@@ -5,7 +5,6 @@ A run folder ``runs/p1_sngan_000`` holds ``options.json``, ``metrics.csv``, ``cu
 """
 
 import argparse
-import copy
 import csv
 import json
 import math
@@ -54,12 +53,9 @@ def to_json(options: argparse.Namespace) -> dict:
 
 def given_options(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
     """Names of the options that stand on the command line, whatever their values."""
-    silent = copy.deepcopy(parser)
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-        action.required = False
-    silent.set_defaults(**dict.fromkeys(silent._defaults, argparse.SUPPRESS))
-    return set(vars(silent.parse_args(argv)))
+    absent = object()  # argparse fills in defaults only where the namespace has nothing yet
+    namespace = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(argv, namespace)).items() if value is not absent}
 
 
 def resume_options(parser: argparse.ArgumentParser, options: argparse.Namespace, argv: list[str]) -> argparse.Namespace:

@@ -1,0 +1,245 @@
+"""Files, checkpoints, random numbers, averages, options, budgets, pictures."""
+
+import argparse
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
+from common.device import noise, pick_device, step_generator
+from common.ema import EMA
+from common.errors import UserError, describe_os_error
+from common.files import atomic
+from common.pictures import save_images, sheet, to_uint8
+from common.run import Budget, Run, annealed, given_options, resume_options
+from tests.helpers import ROOT
+
+CPU = torch.device("cpu")
+
+
+def test_atomic_leaves_all_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    with atomic(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+    assert stat.S_IMODE(path.stat().st_mode) & 0o044  # readable by others, unlike mkstemp's files
+    with pytest.raises(ZeroDivisionError), atomic(path) as temporary:
+        temporary.write_text("half of the sec")
+        raise ZeroDivisionError
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def save_small(path) -> nn.Module:
+    network = small_network()
+    save_weights(path, network.state_dict(), {"model": "small", "config": {}, "steps": 7})
+    return network
+
+
+def test_weights_round_trip(tmp_path):
+    network = save_small(tmp_path / "w.safetensors")
+    loaded, card = load_network(tmp_path / "w.safetensors", {"small": small_network})
+    assert card["steps"] == 7
+    assert not loaded.training
+    for name, tensor in network.state_dict().items():
+        assert torch.allclose(loaded.state_dict()[name].float(), tensor.float(), rtol=1e-3)
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    save_small(tmp_path / "a.safetensors")
+    save_small(tmp_path / "b.safetensors")
+    done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.count("OK") == 2
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_damaged_weights_are_refused(tmp_path, checksums):
+    path = tmp_path / "w.safetensors"
+    save_small(path)
+    data = path.read_bytes()
+    if not checksums:
+        (tmp_path / "SHA256SUMS").unlink()
+    damages = [data[: len(data) // 2], b"", b"a text"]
+    if checksums:  # a flipped bit of a number can only be seen with them
+        damages.append(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    for damaged in damages:
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"w\.safetensors"):
+            load_weights(path)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    save_small(tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="'small'"):
+        load_network(tmp_path / "w.safetensors", {"sngan": small_network})
+    with pytest.raises(UserError, match="do not fit"):
+        load_network(tmp_path / "w.safetensors", {"small": lambda: nn.Linear(3, 4)})
+
+
+def test_state_round_trip_and_damage(tmp_path):
+    path = tmp_path / "state.pt"
+    save_state(path, {"a": torch.ones(3), "b": [1, {"c": None}]})
+    assert load_state(path, CPU)["b"] == [1, {"c": None}]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="damaged"):
+        load_state(path, CPU)
+    with pytest.raises(UserError, match="no training state"):
+        load_state(tmp_path / "none.pt", CPU)
+
+
+def test_noise_of_a_sample_depends_on_seed_and_index_only():
+    rows = noise(5, range(20), 100)
+    assert torch.equal(noise(5, [7], 100)[0], rows[7])
+    assert len({tuple(row.tolist()) for row in torch.cat([rows, noise(6, range(20), 100)])}) == 40
+    many = noise(0, range(2000), 10)
+    assert many.mean().abs() < 0.03
+    assert many.std().item() == pytest.approx(1, abs=0.03)
+    assert (many[1:] * many[:-1]).mean().abs() < 0.03  # neighbours are independent
+
+
+def test_step_generators_repeat():
+    def draw(*seeds: int) -> float:
+        return torch.rand(1, generator=step_generator(CPU, *seeds)).item()
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({draw(a, b) for a in range(-3, 10) for b in range(10)}) == 130
+
+
+def test_unknown_and_absent_devices():
+    assert pick_device("cpu") == CPU
+    with pytest.raises(UserError, match="--device abacus"):
+        pick_device("abacus")
+    with pytest.raises(UserError, match="cuda:99"):
+        pick_device("cuda:99")
+
+
+def test_average_follows_the_closed_form():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    ema = EMA(network, 0.9)
+    nn.init.ones_(network.weight)
+    for _ in range(5):
+        ema.update(network, step=10**6)
+    assert ema.module.weight.item() == pytest.approx(1 - 0.9**5)
+    assert not ema.module.weight.requires_grad
+
+
+def test_average_ramps_up_and_can_be_off():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    ramped, off = EMA(network, 0.999), EMA(network, 0.0)
+    nn.init.ones_(network.weight)
+    ramped.update(network, step=0)
+    off.update(network, step=0)
+    assert ramped.module.weight.item() == pytest.approx(0.9)
+    assert off.module.weight.item() == 1
+
+
+def test_annealing_holds_then_falls_to_zero():
+    assert [annealed(p) for p in (0, 0.25, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
+
+
+def test_budget_is_whichever_ends_first():
+    assert Budget(100, None).progress(25) == 0.25
+    assert Budget(100, 1.0, elapsed=30).progress(25) == pytest.approx(0.5, abs=0.01)
+    assert Budget(100, 1.0, elapsed=61).progress(25) == 1
+
+
+def options_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
+    for name in ("--resume", "--data", "--out"):
+        parser.add_argument(name, type=type(ROOT), default=None)
+    return parser
+
+
+def test_given_options_are_told_from_defaults():
+    parser = options_parser()
+    assert given_options(parser, ["--lr", "0.1", "--no-flip"]) == {"lr", "flip"}
+    assert given_options(parser, []) == set()
+
+
+def test_resume_names_every_changed_option(tmp_path):
+    parser = options_parser()
+    saved = {"lr": 0.2, "flip": True, "data": "d", "out": "o", "resume": None}
+    (tmp_path / "options.json").write_text(json.dumps({"options": saved}))
+
+    def resumed(*argv: str) -> argparse.Namespace:
+        argv = ["--resume", str(tmp_path), *argv]
+        return resume_options(parser, parser.parse_args(argv), argv)
+
+    assert resumed().lr == 0.2
+    assert resumed("--lr", "0.2", "--data", "elsewhere").data.name == "elsewhere"
+    with pytest.raises(UserError, match=r"--flip \(run True, given False\), --lr \(run 0\.2, given 0\.1\)"):
+        resumed("--lr", "0.1", "--no-flip")
+    (tmp_path / "options.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        resumed()
+    with pytest.raises(UserError, match="not found"):
+        resume_options(parser, argparse.Namespace(resume=tmp_path / "none"), [])
+
+
+def test_run_folders_are_numbered_and_rows_after_a_step_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["p1_train.py", "--lr", "1"])
+    o = argparse.Namespace(out=tmp_path, resume=None)
+    runs = [Run.start("p1", o) for _ in range(2)]
+    assert [r.folder.name for r in runs] == ["p1_000", "p1_001"]
+    assert runs[1].record["command"] == "python3 p1_train.py --lr 1"
+    for step in (10, 20, 30):
+        runs[0].log({"step": step, "loss": step / 7})
+    runs[0].forget_after(20)
+    assert runs[0].metrics_path.read_text().split() == ["step,loss", "10,1.4286", "20,2.8571"]
+
+
+def test_pixels_are_rounded_and_clamped():
+    x = torch.tensor([-2, -1, 0, 0.999, 1, 3]).view(1, 1, 1, 6)
+    assert to_uint8(x).flatten().tolist() == [0, 0, 128, 255, 255, 255]
+
+
+def test_sheet_is_filled_row_by_row():
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    picture = sheet(images, columns=3, gap=1)
+    assert picture.shape == (3, 7, 10)
+    assert picture[0, 1, 1::3].tolist() == [0, 1, 2]
+    assert picture[0, 4, 1::3].tolist() == [3, 4, 255]
+
+
+def test_images_appear_together_or_not_at_all(tmp_path, monkeypatch):
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    names = ["0001.png", "0002.png", "0003.png"]
+    save_images(images, names, tmp_path / "a" / "out")
+    assert sorted(os.listdir(tmp_path / "a" / "out")) == names
+    with Image.open(tmp_path / "a" / "out" / "0002.png") as image:
+        read = np.asarray(image)
+    assert np.array_equal(read, images[1].permute(1, 2, 0).numpy())
+
+    def full(image, path):
+        if path.name == "0002.png":
+            raise OSError(28, "No space left on device", str(path))
+        path.write_bytes(b"png")
+
+    monkeypatch.setattr("common.pictures.save_png", full)
+    with pytest.raises(OSError, match="No space"):
+        save_images(images, names, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_one_line():
+    error = OSError(28, "No space left on device", "/x/y")
+    assert describe_os_error(error) == "/x/y: the disk is full; free some space or choose another place"

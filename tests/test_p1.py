@@ -1,0 +1,318 @@
+"""Problem 1, end to end on tiny data: training, resuming, generating, scoring, and what a user can get wrong."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import p1_test
+import p1_train
+from common.checkpoint import load_state, load_weights, save_weights
+from models import dcgan, sngan
+from tests.helpers import assert_user_error, run
+
+TINY = ("--dim", 2, "--batch-size", 8, "--eval-images", 6, "--device", "cpu")
+CPU = torch.device("cpu")
+
+
+def open_image(path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def train(faces, out, *options: object):
+    return run(p1_train.main, "--data", faces, "--out", out, *TINY, *options)
+
+
+def test_losses_are_those_of_the_papers():
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 0.5])
+    assert p1_train.discriminator_loss(real, fake, "hinge").item() == pytest.approx(0.5 + 0.75)
+    assert p1_train.generator_loss(fake, "hinge").item() == pytest.approx(1.25)
+    bce, one, zero = nn.BCEWithLogitsLoss(), torch.ones(2), torch.zeros(2)
+    expected = bce(real, one) + bce(fake, zero)
+    assert p1_train.discriminator_loss(real, fake, "logistic").item() == pytest.approx(expected.item())
+    assert p1_train.generator_loss(fake, "logistic").item() == pytest.approx(bce(fake, one).item())
+
+
+@pytest.mark.parametrize("model", ["sngan", "dcgan"])
+def test_one_step_moves_everything_the_right_way(model):
+    """The fakes are not detached in the generator step: the generator moves, and to where the logits are higher."""
+    o = p1_train.parse_options(["--model", model, "--dim", "4", "--batch-size", "32"])
+    o.bf16 = False
+    nets = p1_train.Networks(o, CPU)
+    images = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
+    before = {
+        k: [p.clone() for p in part.parameters()] for k, part in nets.parts.items() if isinstance(part, nn.Module)
+    }
+    losses = p1_train.train_step(nets, images, 0, 1.0, o)
+    assert losses.isfinite().all()
+    for name in ("generator", "discriminator"):
+        for old, new in zip(before[name], nets.parts[name].parameters(), strict=True):
+            assert not torch.equal(old, new)
+            assert new.requires_grad
+
+    fixed = torch.randn(64, 100)
+    discriminator = nets.discriminator.eval()
+    o.lr_d, scores = 0.0, []
+    for step in range(12):
+        with torch.no_grad():
+            scores.append(discriminator.logits(nets.generator(fixed)).mean().item())
+        p1_train.train_step(nets, images, step, 1.0, o)
+    assert scores[-1] > scores[0]
+
+
+def test_batch_norm_statistics_of_the_average():
+    """After re-estimation, each batch norm sees inputs of mean 0 and variance 1 for its own statistics."""
+    torch.manual_seed(0)
+    generator = dcgan.Generator(dim=2)
+    for p in generator.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    p1_train.reestimate_batch_norm(generator, CPU, batches=10, size=50)
+    assert not generator.training
+    seen = []
+    norm = generator.l2_5[1][1]
+    norm.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0]))
+    z = torch.cat([p1_train.noise(-1, range(500), 100)])
+    with torch.no_grad():
+        generator(z)
+    assert torch.allclose(norm.running_mean, seen[0].mean((0, 2, 3)), atol=1e-3)
+    assert torch.allclose(norm.running_var, seen[0].var((0, 2, 3)), rtol=0.05)
+    assert norm.momentum == 0.1
+
+
+def test_training_writes_a_complete_run(faces, tmp_path, mean_inception):
+    assert train(faces, tmp_path, "--steps", 6, "--sample-every", 2, "--eval-every", 4).code == 0
+    run_folder = tmp_path / "p1_sngan_000"
+    assert sorted(p.name for p in (run_folder / "samples").iterdir()) == ["0000002.png", "0000004.png", "0000006.png"]
+    assert open_image(run_folder / "samples" / "0000006.png").size == (530, 530)
+    assert open_image(run_folder / "curves.png").size[0] > 400
+    rows = list(csv.DictReader((run_folder / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert [bool(row["fd"]) for row in rows] == [False, True, True]
+    assert float(rows[-1]["lr_factor"]) == pytest.approx(1 / 3, rel=1e-4)
+    _, card = load_weights(run_folder / "best.safetensors")
+    assert card["held_out_scores"]["fd"] == pytest.approx(min(float(r["fd"]) for r in rows if r["fd"]), rel=1e-3)
+    assert card["steps"] in (4, 6)
+    assert card["config"] == {"z_dim": 100, "dim": 2}
+    assert "--steps 6" in card["command"]
+    assert card["options"]["lr_d"] == 4e-4
+
+
+@pytest.mark.parametrize("model", ["sngan", "dcgan"])
+def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model):
+    """Uninterrupted, against stopped by Ctrl-C after step 2 and killed in step 5 (last save: step 4)."""
+    options = ("--model", model, "--steps", 6, "--eval-every", 3, "--augment", "color,translation,cutout")
+    assert train(faces, tmp_path / "a", *options).code == 0
+
+    update = p1_train.FaceTrainer.update
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self)
+
+    def killed(self):
+        if self.step == 5:
+            raise RuntimeError("killed")
+        return update(self)
+
+    monkeypatch.setattr(p1_train.FaceTrainer, "update", interrupted)
+    assert train(faces, tmp_path / "b", *options).code == 130
+    name = f"p1_{model}_000"
+    assert load_state(tmp_path / "b" / name / "state.pt", CPU)["step"] == 3
+    monkeypatch.setattr(p1_train.FaceTrainer, "update", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(p1_train.main, "--resume", tmp_path / "b" / name, "--save-every", 1e-9)
+    monkeypatch.setattr(p1_train.FaceTrainer, "update", update)
+    assert run(p1_train.main, "--resume", tmp_path / "b" / name).code == 0
+
+    a, b = (load_state(tmp_path / x / name / "state.pt", CPU) for x in "ab")
+    assert a["step"] == b["step"] == 6
+    for part in ("generator", "discriminator", "average"):
+        for key, tensor in a["parts"][part].items():
+            assert torch.equal(tensor, b["parts"][part][key]), (part, key)
+    for x in (a, b):
+        assert x["best"] == a["best"]
+
+
+def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_inception):
+    assert train(faces, tmp_path, "--steps", 2).code == 0
+    folder = tmp_path / "p1_sngan_000"
+    outcome = run(p1_train.main, "--resume", folder, "--lr-d", 1e-3, "--no-flip")
+    assert_user_error(outcome, "--flip (run True, given False)", "--lr-d (run 0.0004, given 0.001)")
+    other = tmp_path / "other"
+    (other / "train").mkdir(parents=True)
+    for i, path in enumerate(sorted((faces / "train").iterdir())[1:]):
+        (other / "train" / f"{i}.png").write_bytes(path.read_bytes())
+    assert_user_error(run(p1_train.main, "--resume", folder, "--data", other), other, "--data")
+    assert_user_error(run(p1_train.main, "--resume", tmp_path), tmp_path / "options.json")
+
+
+def test_the_discriminators_victory_is_announced(faces, tmp_path, monkeypatch, capsys):
+    def update(self):
+        return torch.tensor([0.001, 9.0, 1.0, 0.0])
+
+    monkeypatch.setattr(p1_train.FaceTrainer, "update", update)
+    assert train(faces, tmp_path, "--steps", 600, "--eval-images", 0).code == 0
+    assert capsys.readouterr().out.count("warning: step 500: the discriminator has won") == 1
+
+
+def test_training_goes_on_without_inception_weights(faces, tmp_path, no_inception, capsys):
+    assert train(faces, tmp_path, "--steps", 1).code == 0
+    assert "no Fréchet distance" in capsys.readouterr().out
+    _, card = load_weights(tmp_path / "p1_sngan_000" / "best.safetensors")
+    assert set(card["held_out_scores"]) == {"faces"}
+
+
+def test_recipes():
+    ours = p1_train.parse_options([])
+    assert (ours.loss, ours.ema, ours.flip, ours.anneal) == ("hinge", 0.999, True, True)
+    report = p1_train.parse_options(["--recipe", "report", "--steps", "10"])
+    assert (report.loss, report.ema, report.lr_d, report.steps) == ("logistic", 0, 2e-4, 10)
+    assert report.augment == "color,translation,cutout"
+    # 38,464 images in batches of 64: 601 updates an epoch
+    assert p1_train.parse_options(["--model", "dcgan", "--recipe", "report"]).steps == 100 * 601
+
+
+def test_wrong_training_input(faces, tmp_path, mean_inception):
+    assert_user_error(train(tmp_path / "nowhere", tmp_path), tmp_path / "nowhere", "no such folder")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    assert_user_error(train(tmp_path / "empty", tmp_path), tmp_path / "empty", "no images")
+    assert_user_error(train(faces, tmp_path, "--augment", "colour"), "colour", "color, translation, cutout")
+    file = tmp_path / "file"
+    file.write_text("")
+    assert_user_error(train(faces, file), file)
+    assert not list(tmp_path.glob("p1_*"))
+
+
+# Generation
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    generator = dcgan.Generator(dim=2)
+    p1_train.reestimate_batch_norm(generator, CPU, batches=2)
+    save_weights(path, generator.state_dict(), {"model": "sngan", "config": {"z_dim": 100, "dim": 2}})
+    return path
+
+
+def pictures(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_generates_the_files_the_graders_expect(weights, tmp_path):
+    out = tmp_path / "new" / "faces"
+    assert run(p1_test.main, "--weights", weights, "--out", out).code == 0
+    names = sorted(p.name for p in out.iterdir())
+    assert names == [f"{i:04d}.png" for i in range(1, 1001)]
+    for name in names[::100]:
+        image = open_image(out / name)
+        assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+def test_a_face_depends_on_weights_seed_and_number_only(weights, tmp_path):
+    for name, count, seed in (("a", 60, 0), ("b", 7, 0), ("c", 7, 1)):
+        assert (
+            run(p1_test.main, "--weights", weights, "--out", tmp_path / name, "--count", count, "--seed", seed).code
+            == 0
+        )
+    a, b, c = (pictures(tmp_path / x) for x in "abc")
+    assert b == {name: a[name] for name in b}
+    assert not set(b.values()) & set(c.values())
+    assert run(p1_test.main, "--weights", weights, "--out", tmp_path / "a", "--count", 60).code == 0
+    assert pictures(tmp_path / "a") == a
+
+
+def test_sheet_of_the_first_32(weights, tmp_path):
+    sheet = tmp_path / "figures" / "sheet.png"
+    assert run(p1_test.main, "--weights", weights, "--out", tmp_path / "out", "--count", 40, "--sheet", sheet).code == 0
+    picture = np.asarray(open_image(sheet))
+    assert picture.shape == (4 * 66 + 2, 8 * 66 + 2, 3)
+    ninth = np.asarray(open_image(tmp_path / "out" / "0009.png"))
+    assert np.array_equal(picture[68:132, 2:66], ninth)
+
+
+def test_scores_come_from_the_files(weights, faces, tmp_path, mean_inception, monkeypatch, capsys):
+    """Real images in place of the generated ones score a distance of 0: what is scored is what lies on disk."""
+    from common.pictures import save_images
+    from datasets.faces import load_reference
+
+    real = load_reference(faces)
+    monkeypatch.setattr(p1_test, "save_images", lambda _images, names, out: save_images(real, names, out))
+    options = ("--weights", weights, "--out", tmp_path / "out", "--count", len(real), "--evaluate", faces / "val")
+    assert run(p1_test.main, *options).code == 0
+    out = capsys.readouterr().out
+    assert f"FD-48 0.0000: 12 images against 12 of {faces / 'val'}" in out or "FD-48 -0.0000" in out
+    assert "faces 0.0 %" in out
+
+
+def test_wrong_weights(weights, tmp_path):
+    out = tmp_path / "out"
+
+    def generate(path):
+        return run(p1_test.main, "--weights", path, "--out", out)
+
+    assert_user_error(generate(tmp_path / "none.safetensors"), "none.safetensors", "no such weight file")
+    data = weights.read_bytes()
+    copy = tmp_path / "w.safetensors"
+    (tmp_path / "SHA256SUMS").write_bytes((weights.parent / "SHA256SUMS").read_bytes())
+    for damaged in (data[: len(data) // 2], data[:-9] + bytes([data[-9] ^ 4]) + data[-8:]):
+        copy.write_bytes(damaged)
+        assert_user_error(generate(copy), copy, "damaged")
+    foreign = tmp_path / "foreign.safetensors"
+    save_weights(
+        foreign, sngan.Discriminator(dim=2).state_dict(), {"model": "sngan", "config": {"z_dim": 100, "dim": 2}}
+    )
+    assert_user_error(generate(foreign), foreign, "do not fit")
+    assert not out.exists()
+
+
+def test_wrong_output_folder(weights, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("keep me")
+    assert_user_error(run(p1_test.main, "--weights", weights, "--out", file), file)
+    assert_user_error(run(p1_test.main, "--weights", weights, "--out", file / "below"), file)
+    assert file.read_text() == "keep me"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder nobody can write to")
+def test_unwritable_output_folder(weights):
+    assert_user_error(run(p1_test.main, "--weights", weights, "--out", "/proc/self/faces"), "/proc/self/faces")
+
+
+def test_scoring_fails_before_anything_is_written(weights, faces, tmp_path, no_inception):
+    out = tmp_path / "out"
+
+    def evaluate(real):
+        return run(p1_test.main, "--weights", weights, "--out", out, "--evaluate", real)
+
+    assert_user_error(evaluate(tmp_path / "none"), tmp_path / "none")
+    assert_user_error(evaluate(faces / "val"), "Inception", "TORCH_HOME")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in sorted((faces / "val").glob("*.png")):
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "00003.png").write_bytes((broken / "00003.png").read_bytes()[:70])
+    (broken / "00005.png").write_text("text")
+    assert_user_error(evaluate(broken), broken / "00003.png", broken / "00005.png")
+    assert not out.exists()
+
+
+def test_shipped_weights_say_where_they_come_from():
+    folder = p1_test.WEIGHTS.parent
+    for name in ("sngan", "dcgan"):
+        state, card = load_weights(folder / f"p1_{name}.safetensors")
+        assert card["model"] == name
+        assert {"command", "commit", "options", "data", "steps", "minutes", "hardware"} <= set(card)
+        dcgan.Generator(**card["config"]).load_state_dict(state)
+    json.dumps(card)

@@ -1,0 +1,102 @@
+"""The wrappers, as a grader runs them: from another folder, with and without the packages."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+
+def bash(script: str, *argv: object, cwd, **env: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHON"} | env
+    command = ["bash", str(script), *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_faces_from_another_directory(tmp_path):
+    done = bash(ROOT / "hw2_1.sh", "out", "--count", 3, "--device", "cpu", cwd=tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["0001.png", "0002.png", "0003.png"]
+
+
+def test_a_user_error_is_one_line(tmp_path):
+    (tmp_path / "out").write_text("")
+    done = bash(ROOT / "hw2_1.sh", "out", cwd=tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert done.stderr.startswith("p1_test.py: error: out:")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_arguments(tmp_path):
+    done = bash(ROOT / "hw2_1.sh", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "hw2_1.sh: error: usage: bash hw2_1.sh OUT\n"
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository with one script, whose requirements name a package that ``pip`` below installs."""
+    repository = tmp_path / "a clone"
+    repository.mkdir()
+    shutil.copy(ROOT / "python.sh", repository)
+    (repository / "requirements.txt").write_text("# comment\nsome-package>=1  # some_module\n")
+    (repository / "go.sh").write_text(
+        'set -eu\n. "$(dirname "$0")/python.sh"\nfind_python requirements.txt\n'
+        "\"$python\" -c 'import sys, some_module; print(sys.prefix, some_module.VALUE)'\n"
+    )
+    return repository
+
+
+def stand_in(folder, pip: str) -> str:
+    """A Python whose environments have the given ``pip`` in place of the real one (no network in tests)."""
+    path = folder / "python"
+    path.write_text(
+        f'#!/usr/bin/env bash\nif [ "${{1-}}" = -m ] && [ "$2" = venv ]; then\n'
+        f'  {sys.executable} -m venv --without-pip "$3"\n'
+        f'  cat > "$(echo "$3"/lib/python3.*/site-packages)/pip.py" <<"END"\n{pip}\nEND\n'
+        f'else exec {sys.executable} "$@"; fi\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+INSTALL = "import pathlib; pathlib.Path(__file__).with_name('some_module.py').write_text('VALUE = 5')"
+
+
+def test_environment_is_made_once(clone, tmp_path):
+    python = stand_in(tmp_path, INSTALL)
+    first = bash(clone / "go.sh", cwd=tmp_path, PYTHON=python)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith("/.venv 5\n")
+    assert "lacks packages of requirements.txt; installing them" in first.stderr
+    second = bash(clone / "go.sh", cwd=tmp_path, PYTHON=python)
+    assert (second.stdout, second.stderr) == (first.stdout, "")
+    with (clone / "requirements.txt").open("a") as f:
+        f.write("another  # another_module\n")
+    assert "installing" in bash(clone / "go.sh", cwd=tmp_path, PYTHON=python).stderr
+
+
+def test_no_network_for_the_packages(clone, tmp_path):
+    python = stand_in(tmp_path, "raise SystemExit(1)")
+    for _ in range(2):  # a failed installation is not taken for a finished one
+        done = bash(clone / "go.sh", cwd=tmp_path, PYTHON=python)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].endswith("or set PYTHON to a Python that has the packages")
+
+
+def test_a_python_with_everything_is_used_as_it_is(clone, tmp_path):
+    (clone / "requirements.txt").write_text("numpy  # numpy\n")
+    (tmp_path / "some_module.py").write_text("VALUE = 1")
+    done = bash(clone / "go.sh", cwd=tmp_path, PYTHON=sys.executable, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert not (clone / ".venv").exists()
+
+
+def test_no_python(clone, tmp_path):
+    done = bash(clone / "go.sh", cwd=tmp_path, PYTHON="no-such-python")
+    assert done.returncode == 1
+    assert done.stderr == "go.sh: error: no-such-python is no Python 3.10 or later; install one, or set PYTHON to it\n"
