@@ -27,11 +27,11 @@ from common.device import autocast, bfloat16_pays, noise, pick_device, step_gene
 from common.ema import EMA
 from common.errors import UserError, run_main
 from common.pictures import sheet
-from common.run import add_common_options, positive_int, resume_options
+from common.run import add_common_options, parse_with_resume, positive_int
 from common.trainer import LOG_STEPS, Part, Trainer
 from datasets.augment import POLICIES, diff_augment, normalise, random_flip
-from datasets.faces import hold_out, load_faces
-from datasets.images import cache_file, checksum
+from datasets.faces import HELD_OUT, load_faces
+from datasets.images import cache_file, describe, hold_out
 from metrics.detect import face_counts, face_rate
 from metrics.frechet import Inception, frechet_distance
 from models import dcgan, sngan
@@ -74,12 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = build_parser()
-    first = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES[first.model, first.recipe])
-    options = parser.parse_args(argv)
-    if options.resume:
-        options = resume_options(parser, options, argv)
+    options = parse_with_resume(build_parser(), argv, lambda o: RECIPES[o.model, o.recipe])
     unknown = set(filter(None, options.augment.split(","))) - set(POLICIES)
     if unknown:
         raise UserError(f"--augment {','.join(sorted(unknown))}: unknown; choose from {', '.join(POLICIES)}")
@@ -184,12 +179,7 @@ class Judge:
     def __init__(self, held_out: Tensor, count: int, device: torch.device, data: Path):
         self.held_out, self.count, self.device = held_out, count, device
         self.cache = cache_file(data, "held_out_features")
-        self.inception = None
-        if count:
-            try:
-                self.inception = Inception(device)
-            except UserError as error:
-                tqdm.write(f"note: no Fréchet distance in this run, the last weights are taken as the best: {error}")
+        self.inception = Inception.if_there(device) if count else None
 
     def __call__(self, generator: nn.Module) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -216,10 +206,10 @@ class FaceTrainer(Trainer):
         device = pick_device(o.device)
         if o.bf16 is None:
             o.bf16 = bfloat16_pays(device)
-        images, held_out = hold_out(load_faces(o.data, "train"))
+        images, held_out = hold_out(load_faces(o.data, "train"), HELD_OUT)
         if len(images) < 2 or len(held_out) < 2:
             raise UserError(f"{o.data}: {len(images) + len(held_out)} training images; at least 20 are needed")
-        data_id = f"{len(images)} training images, CRC-32 of a sample {checksum(images[:: max(1, len(images) // 500)])}"
+        data_id = describe(images)
         self.images, self.nets, self.low = images.to(device), Networks(o, device), 0
         super().__init__(f"p1_{o.model}", o, device, data_id, self.nets.parts)
         self.judge = Judge(held_out, o.eval_images, device, o.data)

@@ -22,6 +22,8 @@ from common.errors import UserError
 from common.files import atomic
 
 CHECKSUMS = "SHA256SUMS"
+# what torch.load raises for files that are damaged or no torch.save files
+UNPICKLING = (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError)
 RESTORE = "restore it (git checkout), or give another file"
 
 
@@ -99,5 +101,5 @@ def load_state(path: Path, device: torch.device) -> dict:
         raise UserError(f"{path}: no training state here; the run never reached its first save, start a new one")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError):
+    except UNPICKLING:
         raise UserError(f"{path}: damaged training state; start a new run") from None

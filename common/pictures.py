@@ -61,6 +61,23 @@ def sheet(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     return canvas
 
 
+def plot_strip(images: list[Tensor], titles: list[str], path: Path) -> None:
+    """uint8 (3, H, W) images side by side, enlarged, each under its title."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(images), figsize=(1.5 * len(images), 1.8), squeeze=False, layout="constrained")
+    for axis, image, title in zip(axes[0], images, titles, strict=True):
+        axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(title)
+        axis.axis("off")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
 def plot_curves(metrics_csv: Path, path: Path, panels: tuple[tuple[str, ...], ...], title: str) -> None:
     """One panel per tuple of columns of a metrics CSV, against its ``step`` column. Empty cells are left out."""
     import matplotlib

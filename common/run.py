@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
@@ -45,6 +46,20 @@ def positive_float(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def parse_with_resume(
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    recipe: Callable[[argparse.Namespace], dict[str, object]] | None = None,
+) -> argparse.Namespace:
+    """Options from the command line. ``recipe`` gives the defaults that depend on other options; with --resume the
+    saved options take the place of all defaults. Raises UserError when a given option differs from a saved one."""
+    options = parser.parse_args(argv)
+    if recipe:
+        parser.set_defaults(**recipe(options))
+        options = parser.parse_args(argv)
+    return resume_options(parser, options, argv) if options.resume else options
 
 
 def to_json(options: argparse.Namespace) -> dict:

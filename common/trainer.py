@@ -3,13 +3,14 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.checkpoint import load_state, save_state, save_weights
+from common.checkpoint import load_network, load_state, save_state, save_weights
 from common.errors import UserError
 from common.pictures import plot_curves, save_png
 from common.run import Budget, Run, StopFlag, annealed
@@ -109,6 +110,10 @@ class Trainer:
             "held_out_scores": scores,
         }
         save_weights(self.run.folder / f"{name}.safetensors", state, card)
+
+    def best_network(self, kinds: dict[str, Callable[..., nn.Module]]) -> nn.Module:
+        """The exported best weights, as ``common.checkpoint.load_network`` reads them."""
+        return load_network(self.run.folder / "best.safetensors", kinds)[0].to(self.device)
 
     def log(self, bar: tqdm, scores: dict) -> None:
         """A row of metrics.csv: mean losses since the last row, and the scores, if any."""

@@ -15,16 +15,6 @@ def load_faces(root: Path, split: str) -> Tensor:
     return load_split(root, split, SIZE)
 
 
-def hold_out(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(images to train on, held-out images for choosing a checkpoint).
-
-    Held out is the end of the training split, a tenth of it at most, so validation images play no part in
-    training or in selection.
-    """
-    count = min(HELD_OUT, len(images) // 10)
-    return images[: len(images) - count], images[len(images) - count :]
-
-
 def load_reference(folder: Path) -> Tensor:
     """Real faces to score against, uint8 (N, 3, 64, 64): the images of ``folder``, or the split val of a data root.
 

@@ -1,7 +1,8 @@
 """Images on disk -> one uint8 tensor, decoded once, cached. Shared by all data sets.
 
-Two forms are read:
+Three forms are read:
 - a folder of image files (PNG, JPEG, WebP, BMP), in the order of their names;
+- a folder ``data/`` and the files of it that a CSV lists, in the order of the list;
 - packed mosaics: ``SPLIT_00.jpg, SPLIT_01.jpg, ...`` (or ``.webp``, ``.png``), each a grid of tiles with
   50 columns, filled row by row, and ``SPLIT.csv`` whose column ``image_name`` lists the tiles in order.
   40,000 faces fit in 85 MB this way, so they can be carried to a machine without a network.
@@ -75,8 +76,7 @@ def decode_files(paths: list[Path], size: int, channels: int = 3, what: str = "i
         for _ in tqdm(jobs, f"decoding {what}", len(paths), unit="img", disable=len(paths) < 2000):
             pass
     if bad:
-        names = ", ".join(str(p) for p in sorted(bad)[:5]) + (", ..." if len(bad) > 5 else "")
-        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {names}; replace or remove them")
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {name_some(sorted(bad))}; replace them")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
@@ -107,15 +107,19 @@ def decode_mosaics(mosaics: list[Path], index: Path, size: int, channels: int = 
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def read_index(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV with the column ``image_name``. Raises UserError when it is missing or has no such column."""
+def read_index(path: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a CSV with the columns ``image_name`` and ``columns``. Raises UserError when something is missing."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
-    if not rows or "image_name" not in rows[0]:
-        raise UserError(f"{path}: needs a header line with image_name, and at least one row")
+        raise UserError(f"{path}: no such file; it must list the images")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"{path}: not a CSV file; copy it again") from None
+    missing = [c for c in ("image_name", *columns) if not rows or rows[0].get(c) is None]
+    if missing:
+        raise UserError(f"{path}: needs a header line with {' and '.join(missing)}, and at least one row")
     return rows
 
 
@@ -152,6 +156,21 @@ def checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(tensor.contiguous().view(-1).numpy()):08x}"
 
 
+def describe(images: Tensor) -> str:
+    """One line that tells a training set from another: its size and a CRC-32 of some of its images."""
+    return f"{len(images)} training images, CRC-32 of a sample {checksum(images[:: max(1, len(images) // 500)])}"
+
+
+def hold_out(rows: Tensor, at_most: int) -> tuple[Tensor, Tensor]:
+    """(rows to train on, rows held out for choosing a checkpoint).
+
+    Held out is the end of the training split, a tenth of it and ``at_most`` rows, so validation data plays no part
+    in training or in selection.
+    """
+    count = min(at_most, len(rows) // 10)
+    return rows[: len(rows) - count], rows[len(rows) - count :]
+
+
 def cached(path: Path, key: str, compute: Callable[[], Tensor]) -> Tensor:
     """``compute()``, kept in ``path`` under ``key``. A cache with another key or wrong bytes is rebuilt.
 
@@ -175,20 +194,35 @@ def cached(path: Path, key: str, compute: Callable[[], Tensor]) -> Tensor:
     return tensor
 
 
-def load_split(root: Path, split: str, size: int, channels: int = 3) -> Tensor:
-    """The images of ``root/split/`` or of the mosaics ``root/split_*.jpg``: uint8 (N, channels, size, size)."""
+def load_split(root: Path, split: str, size: int, channels: int = 3, listed: bool = False) -> Tensor:
+    """The images of a split: uint8 (N, channels, size, size), from the first of these forms that is there:
+
+    - the folder ``root/split/``, all of its images; with ``listed`` the files of ``root/data/`` that stand in the
+      column image_name of ``root/split.csv``, in that order;
+    - the packed mosaics ``root/split_00.*`` with ``root/split.csv``.
+
+    Raises UserError for whatever is missing or unreadable, by name.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; see README, Data")
-    name, what = f"{split}_{size}x{size}x{channels}", f"{root.name}/{split}"
-    mosaics = find_mosaics(root, split)
-    if mosaics and not (root / split).is_dir():
-        index = root / f"{split}.csv"
+    folder, index = root / ("data" if listed else split), root / f"{split}.csv"
+    mosaics, what = find_mosaics(root, split), f"{root.name}/{split}"
+    cache = cache_file(root, f"{split}_{size}x{size}x{channels}")
+    if folder.is_dir():
+        paths = [folder / row["image_name"] for row in read_index(index)] if listed else list_images(folder)
+        absent = [p for p in paths if not p.is_file()]
+        if absent:
+            raise UserError(f"{index}: lists {len(absent)} images that are not there: {name_some(absent)}; copy them")
+        key = fingerprint(paths, size, channels)
+        return cached(cache, key, lambda: decode_files(paths, size, channels, what))
+    if mosaics:
         read_index(index)
         key = fingerprint([*mosaics, index], size, channels)
-        return cached(cache_file(root, name), key, lambda: decode_mosaics(mosaics, index, size, channels, what))
-    if not (root / split).is_dir():
-        raise UserError(f"{root}: has neither a folder {split}/ nor packed mosaics {split}_00.*; see README, Data")
-    paths = list_images(root / split)
-    key = fingerprint(paths, size, channels)
-    return cached(cache_file(root, name), key, lambda: decode_files(paths, size, channels, what))
+        return cached(cache, key, lambda: decode_mosaics(mosaics, index, size, channels, what))
+    raise UserError(f"{root}: has neither a folder {folder.name}/ nor packed mosaics {split}_00.*; see README, Data")
+
+
+def name_some(paths: list[Path]) -> str:
+    """The first five of ``paths``, for an error message."""
+    return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")

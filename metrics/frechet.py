@@ -40,13 +40,14 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 class Inception:
-    """Inception features of images. ``dims``: 64, 192, 768 or 2048; ``name``: what the distance is called.
+    r"""Inception features of images. ``dims``: 64, 192, 768 or 2048; ``name``: what the distance is called.
 
-    With ``dims=None`` it is 2048 where the weights are complete, else 768 (``reason`` says why).
+    With ``dims=None`` it is 2048 where the weights are complete, else 768 (``reason`` says why). Features of the
+    smaller sizes ``also`` stand before them: ``sizes`` is (\*also, dims).
     Raises UserError when the weights are not on this machine and cannot be downloaded.
     """
 
-    def __init__(self, device: torch.device, dims: int | None = None):
+    def __init__(self, device: torch.device, dims: int | None = None, also: tuple[int, ...] = ()):
         from pytorch_fid.inception import InceptionV3
 
         self.device, self.reason = device, ""
@@ -54,7 +55,7 @@ class Inception:
         def build(size: int) -> torch.nn.Module:
             try:
                 with contextlib.redirect_stderr(io.StringIO()):
-                    net = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[size]])
+                    net = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[s] for s in (*also, size)])
             except OSError:  # URLError is one: no network
                 raise UserError(MISSING) from None
             except (RuntimeError, EOFError) as error:
@@ -68,30 +69,50 @@ class Inception:
                 raise UserError("2048-d features need the official Inception weights; those here stop at Mixed_7a")
             self.dims, self.reason = 768, "the Inception weights on this machine stop before the 2048-d layer"
             net = build(self.dims)
+        self.sizes = (*also, self.dims)
         self.net = fuse_batch_norm(net).to(device, memory_format=torch.channels_last)
+
+    @classmethod
+    def if_there(cls, device: torch.device) -> "Inception | None":
+        """For training, which goes on without: None, and a note, when the weights cannot be had."""
+        try:
+            return cls(device)
+        except UserError as error:
+            tqdm.write(f"note: no Fréchet distance in this run, the last weights are taken as the best: {error}")
+            return None
 
     @property
     def name(self) -> str:
-        return "FID" if self.dims == 2048 else f"FD-{self.dims}"
+        return distance_name(self.dims)
+
+    def distances(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """Fréchet distances between two sets of ``features``, one for each of ``sizes``, by their names."""
+        pairs = zip(x.split(self.sizes, dim=1), y.split(self.sizes, dim=1), strict=True)
+        return {distance_name(size): frechet_distance(a, b) for size, (a, b) in zip(self.sizes, pairs, strict=True)}
 
     @torch.inference_mode()
     def features(self, images: Tensor, batch_size: int = 50, what: str = "Inception") -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 features (N, dims) on the CPU."""
+        """uint8 (N, 3, H, W) -> float32 features (N, sum of sizes) on the CPU."""
         batches = []
         for batch in tqdm(images.split(batch_size), what, unit="batch", leave=False, disable=len(images) < 200):
             x = batch.to(self.device).float() / 255
-            f = self.net(x.contiguous(memory_format=torch.channels_last))[0]
-            batches.append(f.mean((2, 3)).cpu())  # no-op for 2048: already pooled to 1x1
+            blocks = self.net(x.contiguous(memory_format=torch.channels_last))
+            batches.append(torch.cat([b.mean((2, 3)) for b in blocks], 1).cpu())  # 2048 comes pooled to 1x1
         return torch.cat(batches)
 
     def reference(self, images: Tensor, cache: Path) -> Tensor:
         """Features of real images, kept in the file ``cache`` for as long as the pixels stay the same."""
-        key = f"{self.dims} {len(images)} {checksum(images)}"
+        key = f"{self.sizes} {len(images)} {checksum(images)}"
 
         def compute() -> Tensor:
             return self.features(images, what="Inception, real images (kept)").view(torch.uint8)
 
         return cached(cache, key, compute).view(torch.float32)
+
+
+def distance_name(dims: int) -> str:
+    """Only the distance of the 2048-dimensional features is called FID."""
+    return "FID" if dims == 2048 else f"FD-{dims}"
 
 
 def fuse_batch_norm(net: torch.nn.Module) -> torch.nn.Module:

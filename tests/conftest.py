@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import MeanInception, smooth_images, write_pngs
+from tests.helpers import MeanInception, smooth_images, write_index, write_pngs
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +20,25 @@ def faces(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A digit data root of the course's layout: 60 training and 20 validation digits in data/, and their lists."""
+    root = tmp_path_factory.mktemp("data") / "mnistm"
+    paths = write_pngs(root / "data", smooth_images(80, 28, seed=3))
+    write_index(root / "train.csv", [(p.name, i % 10) for i, p in enumerate(paths[:60])])
+    write_index(root / "val.csv", [(p.name, i % 10) for i, p in enumerate(paths[60:])])
+    return root
+
+
 @pytest.fixture
 def mean_inception(monkeypatch):
     """Fréchet distances of block means instead of Inception features, in every script."""
     import metrics.frechet
     import p1_train
+    import p2_train
 
-    monkeypatch.setattr(metrics.frechet, "Inception", MeanInception)
-    monkeypatch.setattr(p1_train, "Inception", MeanInception)
+    for module in (metrics.frechet, p1_train, p2_train):
+        monkeypatch.setattr(module, "Inception", MeanInception)
 
 
 @pytest.fixture
@@ -42,4 +53,4 @@ def no_inception(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny networks: a second thread only waits

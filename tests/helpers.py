@@ -1,5 +1,6 @@
 """What several test files need: small real-format data, scripts run in-process, a stand-in for Inception."""
 
+import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import run_main
+from metrics.frechet import frechet_distance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +33,12 @@ def write_pngs(folder: Path, images: np.ndarray) -> list[Path]:
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image.squeeze()).save(path)
     return paths
+
+
+def write_index(path: Path, rows: list[tuple]) -> None:
+    """A list of images as the course has it: image_name,label."""
+    with path.open("w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([("image_name", "label"), *rows])
 
 
 @dataclass
@@ -68,8 +76,17 @@ class MeanInception:
 
     dims, name, reason = 48, "FD-48", ""
 
-    def __init__(self, device: torch.device, dims: int | None = None):
+    sizes = (48,)
+
+    def __init__(self, device: torch.device, dims: int | None = None, also: tuple[int, ...] = ()):
         pass
+
+    @classmethod
+    def if_there(cls, device: torch.device) -> "MeanInception":
+        return cls(device)
+
+    def distances(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        return {self.name: frechet_distance(x, y)}
 
     def features(self, images: Tensor, batch_size: int = 50, what: str = "") -> Tensor:
         return torch.nn.functional.avg_pool2d(images.float() / 255, images.shape[-1] // 4).flatten(1)

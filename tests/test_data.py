@@ -10,9 +10,10 @@ from PIL import Image
 
 from common.errors import UserError
 from datasets.augment import diff_augment, normalise, random_flip
-from datasets.faces import hold_out, load_faces, load_reference
-from datasets.images import cache_file, cached, load_split
-from tests.helpers import smooth_images, write_pngs
+from datasets.digits import load_digits, load_labels
+from datasets.faces import HELD_OUT, load_faces, load_reference
+from datasets.images import cache_file, cached, hold_out, load_split
+from tests.helpers import smooth_images, write_index, write_pngs
 
 
 def chw(images: np.ndarray) -> torch.Tensor:
@@ -133,10 +134,68 @@ def test_reference_is_a_folder_or_the_validation_split(faces):
 
 def test_held_out_is_the_end_of_train():
     images = torch.arange(50)
-    kept, held_out = hold_out(images)
+    kept, held_out = hold_out(images, HELD_OUT)
     assert kept.tolist() + held_out.tolist() == list(range(50))
     assert len(held_out) == 5
-    assert len(hold_out(torch.arange(38_464))[1]) == 2025
+    assert len(hold_out(torch.arange(38_464), HELD_OUT)[1]) == 2025
+
+
+# Digits
+
+
+def test_digits_follow_their_list(digits):
+    images, labels = load_digits(digits, "val"), load_labels(digits, "val")
+    assert torch.equal(images, chw(smooth_images(80, 28, seed=3))[60:])
+    assert labels.tolist() == [i % 10 for i in range(20)]
+
+
+def test_gray_digits_become_rgb_by_repetition(tmp_path):
+    gray = smooth_images(3, 28, channels=1)
+    paths = write_pngs(tmp_path / "data", gray)
+    write_index(tmp_path / "train.csv", [(p.name, 1) for p in reversed(paths)])
+    images = load_digits(tmp_path, "train")
+    assert torch.equal(images, chw(gray).flip(0).expand(3, 3, 28, 28))
+
+
+def test_images_are_read_without_labels(tmp_path):
+    write_pngs(tmp_path / "data", smooth_images(2, 28))
+    (tmp_path / "train.csv").write_text("image_name\n00000.png\n00001.png\n")
+    assert len(load_digits(tmp_path, "train")) == 2
+    with pytest.raises(UserError, match=r"train.csv: needs a header line with label"):
+        load_labels(tmp_path, "train")
+
+
+def test_digit_mosaics_equal_the_folder(tmp_path):
+    images = smooth_images(60, 28)
+    write_mosaics(tmp_path, images, per_mosaic=50)
+    assert torch.equal(load_digits(tmp_path, "train"), chw(images))
+
+
+@pytest.mark.parametrize("label", ["10", "-1", "", "7.0", "seven"])
+def test_wrong_labels_are_named(tmp_path, label):
+    write_index(tmp_path / "train.csv", [("a.png", 3), ("b.png", label)])
+    with pytest.raises(UserError, match=rf"train.csv, line 3: label '{label}' of b.png"):
+        load_labels(tmp_path, "train")
+
+
+def test_wrong_lists_are_named(tmp_path):
+    write_pngs(tmp_path / "data", smooth_images(2, 28))
+    index = tmp_path / "train.csv"
+    with pytest.raises(UserError, match=r"train.csv: no such file"):
+        load_digits(tmp_path, "train")
+    write_index(index, [("00000.png", 0), ("gone.png", 1), ("00001.png", 2)])
+    with pytest.raises(UserError, match=r"train.csv: lists 1 images that are not there: .*gone\.png"):
+        load_digits(tmp_path, "train")
+    for text in ("", "image_name,label\n", "name,label\n00000.png,1\n"):
+        index.write_text(text)
+        with pytest.raises(UserError, match=r"train.csv: needs a header line with image_name"):
+            load_digits(tmp_path, "train")
+    index.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    with pytest.raises(UserError, match=r"train.csv: not a CSV file"):
+        load_digits(tmp_path, "train")
+
+
+# Augmentation
 
 
 def generator(seed: int = 0) -> torch.Generator:

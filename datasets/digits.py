@@ -1,0 +1,36 @@
+"""Digits for problems 2 and 3: MNIST-M, SVHN, USPS, 28x28, ``ROOT/data/*.png`` with ``ROOT/{train,val}.csv``
+(``image_name,label``), or the packed mosaics of the same splits beside the same CSV files.
+
+Channels are in RGB order. USPS is gray: its one channel is repeated in red, green and blue.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from datasets.images import load_split, read_index
+
+SIZE = 28
+CLASSES = 10
+
+
+def load_digits(root: Path, split: str) -> Tensor:
+    """uint8 (N, 3, 28, 28) in the order of the CSV; the label column is not read, and need not be there.
+
+    Raises UserError for missing or unreadable files.
+    """
+    return load_split(root, split, SIZE, listed=True)
+
+
+def load_labels(root: Path, split: str) -> Tensor:
+    """int64 (N,) in 0 ... 9, in the order of the CSV. Raises UserError for a missing column or a wrong label."""
+    path = Path(root) / f"{split}.csv"
+    labels = []
+    for line, row in enumerate(read_index(path, "label"), 2):
+        text = (row["label"] or "").strip()
+        if text not in set("0123456789"):
+            raise UserError(f"{path}, line {line}: label {text!r} of {row['image_name']} is not a digit 0-9; mend it")
+        labels.append(int(text))
+    return torch.tensor(labels)

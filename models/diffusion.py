@@ -1,0 +1,173 @@
+"""Denoising diffusion: the process, the training loss, three samplers and classifier-free guidance.
+
+Notation of Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM, arXiv:2006.11239): steps t = 1 ... T,
+x_0 an image in [-1, 1], x_T nearly N(0, I), alpha_bar_t the share of the image's variance left at t, alpha_bar_0 = 1.
+Every sampler is a function of a noise predictor and a start:
+
+    sampler(predict, x_T, process, ...) -> x_0        predict(x_t, t) -> eps,  t an int in 1 ... T
+
+and calls ``watch(t, x_t)``, where given, at the start and after every step.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+Predict = Callable[[Tensor, int], Tensor]
+Watch = Callable[[int, Tensor], None]
+
+
+class Process:
+    """The forward process with the linear schedule beta_1 = 1e-4 ... beta_T = 0.02, in float64.
+
+    ``beta``, ``alpha``, ``alpha_bar``: (T + 1,), indexed by t; index 0 is the clean image (beta_0 = 0).
+    """
+
+    def __init__(self, T: int = 600, beta_1: float = 1e-4, beta_T: float = 0.02):
+        self.T = T
+        self.beta = torch.cat([torch.zeros(1), torch.linspace(beta_1, beta_T, T, dtype=torch.float64)])
+        self.alpha = 1 - self.beta
+        self.alpha_bar = self.alpha.cumprod(0)
+
+    def signal(self, t: int) -> float:
+        """sqrt(alpha_bar_t), the scale of x_0 in x_t."""
+        return math.sqrt(self.alpha_bar[t])
+
+    def sigma(self, t: int) -> float:
+        """sqrt(1 - alpha_bar_t), the scale of eps in x_t."""
+        return math.sqrt(1 - self.alpha_bar[t])
+
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps (N, C, H, W); t (N,)."""
+        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
+
+    def to_x_0(self, x_t: Tensor, t: int, eps: Tensor) -> Tensor:
+        """The image that x_t and eps imply: eq. 4 solved for x_0, clamped to [-1, 1]."""
+        return ((x_t - self.sigma(t) * eps) / self.signal(t)).clamp(-1, 1)
+
+    def to_eps(self, x_t: Tensor, t: int, x_0: Tensor) -> Tensor:
+        """The noise that x_t and x_0 imply: eq. 4 solved for eps."""
+        return (x_t - self.signal(t) * x_0) / self.sigma(t)
+
+
+def min_snr_weight(process: Process, gamma: float = 5.0) -> Tensor:
+    """Loss weights (T + 1,) of the noise prediction: min(SNR_t, gamma) / SNR_t, SNR = alpha_bar / (1 - alpha_bar).
+
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv:2303.09556), eq. 8.
+    """
+    snr = process.alpha_bar / (1 - process.alpha_bar)  # infinite at t = 0, which is never trained
+    return (gamma / snr).clamp(max=1.0)
+
+
+def training_loss(
+    network: nn.Module, process: Process, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """|eps - eps_theta(x_t, t, y)|^2, mean over pixels and images (DDPM algorithm 1, eq. 14), weighted by t if asked.
+
+    x_0, eps (N, C, H, W); y (N,) labels, -1 for none; t (N,) in 1 ... T; ``weight`` (T + 1,).
+    """
+    predicted = network(process.q_sample(x_0, t, eps), t, y).float()
+    losses = (predicted - eps).square().mean((1, 2, 3))  # (N,)
+    return losses.mean() if weight is None else (weight.to(t.device)[t].to(losses.dtype) * losses).mean()
+
+
+def guided(network: nn.Module, y: Tensor, w: float, interval: tuple[float, float] = (0, math.inf)) -> Predict:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6) as a noise predictor:
+
+        eps = (1 + w) eps_theta(x_t, t, y) - w eps_theta(x_t, t)
+
+    w = 0 is the conditional network alone. Both branches go through the network in one batch. Outside
+    ``interval`` (lowest and highest guided t) w counts as 0, which saves the second branch (Kynkäänniemi et al. 2024,
+    arXiv:2404.07724). y (N,) labels.
+    """
+    both = torch.cat([y, torch.full_like(y, -1)])
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        if w == 0 or not interval[0] <= t <= interval[1]:
+            return network(x, x.new_full((len(x),), t), y).float()
+        eps_y, eps = network(torch.cat([x, x]), x.new_full((2 * len(x),), t), both).float().chunk(2)
+        return (1 + w) * eps_y - w * eps
+
+    return predict
+
+
+def timesteps(process: Process, steps: int) -> list[int]:
+    """T = t_0 > ... > t_steps = 0, evenly spaced. ``steps`` network calls lead from the first to the last."""
+    if not 1 <= steps <= process.T:
+        raise ValueError(f"{steps} steps: from 1 to T = {process.T} are possible")
+    return [round(process.T * (1 - i / steps)) for i in range(steps + 1)]
+
+
+def ddpm(
+    predict: Predict, x: Tensor, process: Process, draw: Callable[[int], Tensor], watch: Watch | None = None
+) -> Tensor:
+    """Ancestral sampling (DDPM algorithm 2) in T steps, with the variance of the posterior (eq. 7) and x_0 clamped.
+
+    ``draw(t)`` -> standard normal noise like x, for the step from t to t - 1.
+    """
+    if watch:
+        watch(process.T, x)
+    for t in range(process.T, 0, -1):
+        alpha, beta = float(process.alpha[t]), float(process.beta[t])
+        before, now = float(process.alpha_bar[t - 1]), float(process.alpha_bar[t])
+        x_0 = process.to_x_0(x, t, predict(x, t))
+        mean = (math.sqrt(before) * beta * x_0 + math.sqrt(alpha) * (1 - before) * x) / (1 - now)  # eq. 7
+        variance = beta * (1 - before) / (1 - now)
+        x = mean + math.sqrt(variance) * draw(t) if t > 1 else mean
+        if watch:
+            watch(t - 1, x)
+    return x
+
+
+def ddim(predict: Predict, x: Tensor, process: Process, steps: Sequence[int], watch: Watch | None = None) -> Tensor:
+    """Deterministic sampling along ``steps`` (descending, T to 0): DDIM, eq. 12 with sigma = 0.
+
+    Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502). x_0 is clamped, and eps
+    derived from it again.
+    """
+    if watch:
+        watch(steps[0], x)
+    for t, s in pairwise(steps):
+        x_0 = process.to_x_0(x, t, predict(x, t))
+        x = process.signal(s) * x_0 + process.sigma(s) * process.to_eps(x, t, x_0)
+        if watch:
+            watch(s, x)
+    return x
+
+
+def dpm_solver_pp(
+    predict: Predict, x: Tensor, process: Process, steps: Sequence[int], watch: Watch | None = None
+) -> Tensor:
+    """DPM-Solver++(2M) along ``steps`` (descending, T to 0): Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
+
+    The second-order multistep solver of the data prediction; the first step is of first order, and so is the last
+    one when it ends in the clean image, where the log signal-to-noise ratio lambda is infinite. x_0 is clamped.
+    """
+    if watch:
+        watch(steps[0], x)
+    x_0_before, h_before = None, 0.0
+    for t, s in pairwise(steps):
+        x_0 = process.to_x_0(x, t, predict(x, t))
+        data = x_0
+        if s == 0:
+            x = x_0
+        else:
+            h = log_snr(process, s) - log_snr(process, t)
+            if x_0_before is not None:
+                r = h_before / h
+                data = x_0 + (x_0 - x_0_before) / (2 * r)
+            x = process.sigma(s) / process.sigma(t) * x - process.signal(s) * math.expm1(-h) * data
+            h_before = h
+        x_0_before = x_0
+        if watch:
+            watch(s, x)
+    return x
+
+
+def log_snr(process: Process, t: int) -> float:
+    """lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), half the log signal-to-noise ratio; t >= 1."""
+    return math.log(process.signal(t) / process.sigma(t))

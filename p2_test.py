@@ -1,0 +1,231 @@
+"""Generate digits (problem 2) from a weight file, and score them.
+
+  python3 p2_test.py --out digits                                              # 0_001.png ... 9_100.png
+  python3 p2_test.py --out digits --evaluate hw2_data/digits/mnistm            # and their scores
+  python3 p2_test.py --out some --digits 37 --per-digit 10 --sampler ddpm      # the report's 600 steps
+  python3 p2_test.py --out digits --grid grid.png --trajectory trajectory.png  # the report's two figures
+
+Needs nothing but the weight file. Image (digit, number) depends on (weights, sampler, steps, w, seed) alone: not on
+which other images are asked for, and its noise is drawn on the CPU for every device. Scores are computed from the PNG
+files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.checkpoint import load_network
+from common.device import autocast, bfloat16_pays, pick_device, step_generator
+from common.errors import UserError, run_main
+from common.files import make_folder
+from common.pictures import plot_strip, save_images, save_png, sheet, to_uint8
+from common.run import positive_int
+from datasets.digits import CLASSES, SIZE
+from models.diffusion import Predict, Process, Watch, ddim, ddpm, dpm_solver_pp, guided, timesteps
+from models.unet import UNet_conditional
+
+WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p2_unet.safetensors"
+SLICE = 20  # images per forward pass; a constant, because float sums may differ in the last bit between sizes
+SAMPLERS = ("dpm++", "ddim", "ddpm")
+FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's figure
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p2_unet.safetensors")
+    parser.add_argument("--digits", default="0123456789", help="which digits (default: 0123456789)")
+    parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each (default: 100)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="default: dpm++, DPM-Solver++(2M)")
+    parser.add_argument("--steps", type=positive_int, help="network steps (default: 15; ddpm always takes all 600)")
+    parser.add_argument("--w", type=float, default=2.0, help="guidance: (1 + w) eps_y - w eps (default: 2; 0 is none)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
+    parser.add_argument("--trajectory", type=Path, metavar="FILE", help="draw the reverse process of the first image")
+    parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the digits of this folder")
+    parser.add_argument("--classifier", type=Path, metavar="FILE", help="the course's Classifier.pth instead of ours")
+    parser.add_argument("--neighbours", type=Path, metavar="FILE", help="with --evaluate: sheet of nearest neighbours")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
+    o = parser.parse_args(argv)
+    if not o.digits or set(o.digits) - set("0123456789") or len(set(o.digits)) < len(o.digits):
+        raise UserError(f"--digits {o.digits}: give each digit once, such as 0123456789")
+    if not -1 <= o.w <= 100:
+        raise UserError(f"--w {o.w}: from -1 (no label) over 0 (no guidance) to 100; 0 to 4 make sense")
+    T = Process().T
+    if o.sampler == "ddpm" and o.steps not in (None, T):
+        raise UserError(f"--steps {o.steps}: ddpm takes all {T}; leave --steps out, or use --sampler ddim")
+    o.steps = T if o.sampler == "ddpm" else o.steps or 15
+    if o.steps > T:
+        raise UserError(f"--steps {o.steps}: the process has T = {T}; give at most so many")
+    if o.neighbours and not o.evaluate:
+        raise UserError("--neighbours: needs the training digits; add --evaluate hw2_data/digits/mnistm")
+    return o
+
+
+def solve(
+    predict: Predict,
+    sampler: str,
+    steps: int,
+    generators: list[torch.Generator],
+    device: torch.device,
+    watch: Watch | None = None,
+) -> Tensor:
+    """x_0 (N, 3, 28, 28), one for each of the CPU ``generators``, from which x_T and all later noise is drawn."""
+    process = Process()
+
+    def draw(_t: int) -> Tensor:
+        return torch.stack([torch.randn(3, SIZE, SIZE, generator=g) for g in generators]).to(device)
+
+    if sampler == "ddpm":
+        return ddpm(predict, draw(process.T), process, draw, watch)
+    solver = {"ddim": ddim, "dpm++": dpm_solver_pp}[sampler]
+    return solver(predict, draw(process.T), process, timesteps(process, steps), watch)
+
+
+def image_generators(seed: int, digit: int, numbers: range) -> list[torch.Generator]:
+    """The noise of image (digit, number): a CPU generator that depends on the seed and these two alone."""
+    return [step_generator(torch.device("cpu"), seed, digit, number) for number in numbers]
+
+
+@torch.inference_mode()
+def generate(
+    network: nn.Module, digits: list[int], per_digit: int, o: argparse.Namespace, device: torch.device, bar: bool = True
+) -> Tensor:
+    """Images 1 ... ``per_digit`` of each digit, uint8 (len(digits) * per_digit, 3, 28, 28) on the CPU, by digit.
+
+    ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, w, seed and bf16. Every forward pass has
+    exactly SLICE images of one digit.
+    """
+    images = []
+    starts = range(1, per_digit + 1, SLICE)
+    with tqdm(total=len(digits) * per_digit, desc="generating", unit="img", leave=False, disable=not bar) as progress:
+        for digit in digits:
+            predict = guided(network, torch.full((SLICE,), digit, device=device), o.w)
+            parts = []
+            for start in starts:
+                generators = image_generators(o.seed, digit, range(start, start + SLICE))
+                with autocast(device, o.bf16):
+                    parts.append(to_uint8(solve(predict, o.sampler, o.steps, generators, device)))
+                progress.update(min(SLICE, per_digit - start + 1))
+            images.append(torch.cat(parts)[:per_digit])
+    return torch.cat(images)
+
+
+@torch.inference_mode()
+def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, device: torch.device, path: Path) -> None:
+    """The report's figure: ancestral sampling of image (digit, 1), after 0, 120, ..., 600 reverse steps."""
+    process, seen = Process(), {}
+
+    def watch(t: int, x: Tensor) -> None:
+        if process.T - t in FIGURE_T:
+            seen[process.T - t] = to_uint8(x)[0]
+
+    predict = guided(network, torch.full((1,), digit, device=device), o.w)
+    with tqdm(total=process.T, desc="trajectory", unit="step", leave=False) as bar, autocast(device, o.bf16):
+
+        def counted(x: Tensor, t: int) -> Tensor:
+            bar.update()
+            return predict(x, t)
+
+        solve(counted, "ddpm", process.T, image_generators(o.seed, digit, range(1, 2)), device, watch)
+    plot_strip([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path)
+
+
+class Judge:
+    """Accuracy, Fréchet distances and nearest training neighbours of image files.
+
+    Set up before anything is generated, so that missing data or weights stop the script at once. Real digits to
+    compare with are the first 200 of each class in val; the first 100 of each class in train show what perfect
+    samples would score.
+    """
+
+    def __init__(self, root: Path, classifier: Path | None, device: torch.device):
+        from datasets.digits import load_digits, load_labels
+        from datasets.images import cache_file
+        from metrics.classify import load_classifier
+        from metrics.frechet import Inception
+
+        self.classifier, self.device = load_classifier(classifier).to(device), device
+        self.train, train_labels = load_digits(root, "train"), load_labels(root, "train")
+        val, val_labels = load_digits(root, "val"), load_labels(root, "val")
+        self.real, self.real_labels = first_of_each(val, val_labels, 200)
+        floor, _ = first_of_each(self.train, train_labels, 100)
+        self.inception = Inception(device, also=(64, 192))
+        name = f"inception{'_'.join(map(str, self.inception.sizes))}"
+        self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_val"))
+        self.floor_features = self.inception.reference(floor, cache_file(root, f"{name}_train"))
+
+    def __call__(self, paths: list[Path], labels: Tensor, neighbours: Path | None) -> None:
+        from datasets.images import decode_files
+        from metrics.classify import accuracy
+
+        images = decode_files(paths, SIZE)
+        for digit in labels.unique().tolist():
+            print(f"digit {digit}: {accuracy(self.classifier, images[labels == digit], digit):6.2f} % read as {digit}")
+        real = accuracy(self.classifier, self.real, self.real_labels)
+        print(f"accuracy {accuracy(self.classifier, images, labels):.2f} % (real validation digits {real:.2f} %)")
+        self.distances(images)
+        self.nearest(images, neighbours)
+
+    def distances(self, images: Tensor) -> None:
+        features = self.inception.features(images, what="Inception, samples")
+        floor = self.inception.distances(self.floor_features, self.real_features)
+        reason = f" ({self.inception.reason})" if self.inception.reason else ""
+        for name, value in self.inception.distances(features, self.real_features).items():
+            print(
+                f"{name} {value:.4f} to {len(self.real)} validation digits (training digits {floor[name]:.4f}){reason}"
+            )
+
+    def nearest(self, images: Tensor, path: Path | None) -> None:
+        from metrics.neighbours import nearest
+
+        (ours, rows), (real, _) = nearest(images, self.train, 7), nearest(self.real, self.train)
+        for name, d in (("samples", ours[:, 0]), ("validation digits", real[:, 0])):
+            print(
+                f"nearest training digit of {name}: {d.min():.1f} gray levels at least, {d.median():.1f} in the median"
+            )
+        if path:
+            closest = ours[:, 0].argsort()[:10]
+            rows_of_sheet = [torch.cat([images[i : i + 1], self.train[rows[i]]]) for i in closest]
+            make_folder(path.parent)
+            save_png(sheet(torch.cat(rows_of_sheet), columns=8), path)
+
+
+def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` images of each class and their labels, by class."""
+    rows = torch.cat([(labels == digit).nonzero()[:count, 0] for digit in range(CLASSES)])
+    return images[rows], labels[rows]
+
+
+def main() -> None:
+    o = parse_options(sys.argv[1:])
+    device = pick_device(o.device)
+    o.bf16 = bfloat16_pays(device) if o.bf16 is None else o.bf16
+    network, _ = load_network(o.weights, {"unet": UNet_conditional})
+    network = network.to(device, memory_format=torch.channels_last)
+    digits = [int(d) for d in o.digits]
+    labels = torch.tensor(digits).repeat_interleave(o.per_digit)
+    judge = Judge(o.evaluate, o.classifier, device) if o.evaluate else None
+
+    images = generate(network, digits, o.per_digit, o, device)
+    names = [f"{digit}_{number:03d}.png" for digit in digits for number in range(1, o.per_digit + 1)]
+    save_images(images, names, o.out)
+    if o.grid:
+        make_folder(o.grid.parent)
+        columns = min(10, o.per_digit)
+        save_png(sheet(images.unflatten(0, (len(digits), -1))[:, :columns].flatten(0, 1), columns), o.grid)
+    if o.trajectory:
+        make_folder(o.trajectory.parent)
+        draw_trajectory(network, digits[0], o, device, o.trajectory)
+    print(f"{o.out}: {len(images)} images")
+    if judge:
+        judge([o.out / name for name in names], labels, o.neighbours)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,183 @@
+"""Train the class-conditional diffusion model of digits (problem 2) on MNIST-M, 28x28.
+
+  python3 p2_train.py --data hw2_data/digits/mnistm                     # our recipe; a GPU: minutes
+  python3 p2_train.py --data hw2_data/digits/mnistm --max-minutes 100   # stop, annealed, after 100 minutes
+  python3 p2_train.py --data hw2_data/digits/mnistm --recipe report     # the report's own recipe
+  python3 p2_train.py --resume runs/p2_000                              # go on after Ctrl-C or a kill
+
+--data is a folder with data/ and train.csv, or with packed mosaics (see datasets/images.py). Runs on the CPU or on one
+GPU (choose with CUDA_VISIBLE_DEVICES or --device). The run folder gets options.json, metrics.csv, curves.png,
+samples/ (10 of each digit), state.pt, last.safetensors and best.safetensors (best Fréchet distance to a held-out
+slice of the training digits; validation digits are never read).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.device import autocast, bfloat16_pays, pick_device, step_generator
+from common.ema import EMA
+from common.errors import UserError, run_main
+from common.pictures import sheet
+from common.run import add_common_options, parse_with_resume, positive_int
+from common.trainer import Part, Trainer
+from datasets.augment import normalise
+from datasets.digits import CLASSES, load_digits, load_labels
+from datasets.images import cache_file, describe, hold_out
+from metrics.classify import accuracy, load_classifier
+from metrics.frechet import Inception, frechet_distance
+from models.diffusion import Process, min_snr_weight, training_loss
+from models.unet import UNet_conditional
+from p2_test import generate
+
+RECIPES = {
+    "ours": {"batch_size": 128, "steps": 30_000, "ema": 0.9995, "gamma": 5.0, "drop_per": "sample", "anneal": True},
+    "report": {"batch_size": 64, "steps": 140_000, "ema": 0.995, "gamma": 0.0, "drop_per": "batch", "anneal": False},
+}
+HELD_OUT = 2000  # training digits kept for choosing a checkpoint
+EVAL = argparse.Namespace(
+    sampler="dpm++", steps=10, w=2.0, seed=-2
+)  # samples during training, apart from reported ones
+COLOURS = ("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument("--recipe", choices=RECIPES, default="ours", help="defaults of the options marked *")
+    parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")
+    parser.add_argument("--steps", type=positive_int, help="* updates")
+    parser.add_argument("--batch-size", type=positive_int, help="* images per update")
+    parser.add_argument("--lr", type=float, default=3e-4, help="AdamW learning rate")
+    parser.add_argument("--ema", type=float, help="* decay of the weight average; 0 for none")
+    parser.add_argument("--gamma", type=float, help="* min-SNR weighting of the loss; 0 for none")
+    parser.add_argument("--drop", type=float, default=0.1, help="share of labels dropped, for guidance")
+    parser.add_argument(
+        "--drop-per", choices=("sample", "batch"), help="* drop labels one by one, or a batch's at once"
+    )
+    parser.add_argument("--anneal", action=boolean, help="* the learning rate falls to 0 over the second half")
+    parser.add_argument("--dim", type=positive_int, default=64, help="width of the network; the report has 64")
+    parser.add_argument("--sample-every", type=positive_int, default=1000, help="steps between sample sheets")
+    parser.add_argument("--eval-every", type=positive_int, default=5000, help="steps between evaluations")
+    parser.add_argument("--eval-images", type=int, default=1000, help="samples per evaluation; 0 for no evaluation")
+    add_common_options(parser)
+    return parser
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    o = parse_with_resume(build_parser(), argv, lambda o: RECIPES[o.recipe])
+    if not 0 <= o.drop < 1:
+        raise UserError(f"--drop {o.drop}: a share from 0 to below 1")
+    return o
+
+
+class Judge:
+    """Accuracy, Fréchet distance and colours of generated digits, where they can be had.
+
+    ``held_out`` are training digits that are not trained on.
+    """
+
+    def __init__(self, held_out: Tensor, device: torch.device, data: Path):
+        self.held_out, self.cache = held_out, cache_file(data, "held_out_features")
+        self.inception = Inception.if_there(device)
+        self.colours = colour_statistics(held_out)
+        try:
+            self.classifier = load_classifier().to(device)
+        except UserError as error:
+            tqdm.write(f"note: no digit accuracy in this run: {error}")
+            self.classifier = None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        scores = dict(zip(COLOURS, (colour_statistics(images) - self.colours).tolist(), strict=True))
+        if self.classifier:
+            scores["accuracy"] = accuracy(self.classifier, images, labels)
+        if self.inception:
+            reference = self.inception.reference(self.held_out, self.cache)
+            scores["fd"] = frechet_distance(self.inception.features(images, what="Inception, samples"), reference)
+        return scores
+
+
+def colour_statistics(images: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) -> mean of red, green, blue, then their standard deviations, in gray levels (6,)."""
+    values = images.transpose(0, 1).flatten(1).double()
+    return torch.cat([values.mean(1), values.std(1)])
+
+
+class DiffusionTrainer(Trainer):
+    losses = ("loss",)
+    scores = ("accuracy", "fd", *COLOURS)
+    selects = "fd"
+    panels = (("loss",), ("accuracy",), ("fd",), COLOURS[:3], COLOURS[3:])
+
+    def __init__(self, o: argparse.Namespace):
+        device = pick_device(o.device)
+        if o.bf16 is None:
+            o.bf16 = bfloat16_pays(device)
+        images, held_out = hold_out(load_digits(o.data, "train"), HELD_OUT)
+        labels, _ = hold_out(load_labels(o.data, "train"), HELD_OUT)
+        if len(images) < 2 or len(held_out) < 2:
+            raise UserError(f"{o.data}: {len(images) + len(held_out)} training digits; at least 20 are needed")
+        self.images, self.labels = images.to(device), labels.to(device)
+        torch.manual_seed(o.seed)  # weights are drawn on the CPU: the same on every device
+        self.network = UNet_conditional(dim=o.dim).to(device, memory_format=torch.channels_last)
+        self.ema = EMA(self.network, o.ema)
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), o.lr, fused=True)
+        self.process = Process()
+        self.weight = min_snr_weight(self.process, o.gamma).to(device) if o.gamma else None
+        parts: dict[str, Part] = {"network": self.network, "average": self.average, "optimiser": self.optimiser}
+        super().__init__("p2", o, device, describe(images), parts)
+        self.judge = Judge(held_out, device, o.data) if o.eval_images else None
+
+    @property
+    def average(self) -> nn.Module:
+        return self.ema.module
+
+    def update(self) -> Tensor:
+        """DDPM algorithm 1, for a batch; all randomness comes from (seed, step)."""
+        o, device = self.o, self.device
+        random = step_generator(device, o.seed, self.step)
+        rows = torch.randint(len(self.images), (o.batch_size,), generator=random, device=device)
+        x_0 = normalise(self.images[rows]).contiguous(memory_format=torch.channels_last)
+        t = torch.randint(1, self.process.T + 1, (o.batch_size,), generator=random, device=device)
+        eps = torch.randn(x_0.shape, generator=random, device=device)
+        draws = torch.rand(o.batch_size if o.drop_per == "sample" else 1, generator=random, device=device)
+        y = torch.where(draws < o.drop, -1, self.labels[rows])
+        self.optimiser.param_groups[0]["lr"] = o.lr * self.factor
+        with autocast(device, o.bf16):
+            loss = training_loss(self.network, self.process, x_0, y, t, eps, self.weight)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.ema.update(self.network, self.step)
+        return loss.detach()[None]
+
+    def describe(self, means: dict[str, float]) -> str:
+        return "loss {loss:.4f}".format(**means)
+
+    def samples(self, per_digit: int) -> Tensor:
+        o = argparse.Namespace(**vars(EVAL), bf16=self.o.bf16)
+        return generate(self.average, list(range(CLASSES)), per_digit, o, self.device, bar=per_digit > 20)
+
+    def picture(self) -> Tensor:
+        return sheet(self.samples(10), columns=10)
+
+    def evaluate(self) -> dict[str, float]:
+        if not self.judge:
+            return {}
+        per_digit = max(1, self.o.eval_images // CLASSES)
+        return self.judge(self.samples(per_digit), torch.arange(CLASSES).repeat_interleave(per_digit))
+
+    def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
+        return "unet", {"dim": self.o.dim}, self.average.state_dict()
+
+
+def main() -> None:
+    DiffusionTrainer(parse_options(sys.argv[1:])).train()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,200 @@
+"""The diffusion equations against closed forms, and the samplers against a public implementation."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from models.diffusion import (
+    Process,
+    ddim,
+    ddpm,
+    dpm_solver_pp,
+    guided,
+    log_snr,
+    min_snr_weight,
+    timesteps,
+    training_loss,
+)
+
+PROCESS = Process()
+MEAN, STD = 0.2, 0.1  # data ~ N(MEAN, STD^2), for which the best noise predictor is known
+
+
+def predict_gaussian(x: torch.Tensor, t: int) -> torch.Tensor:
+    """E[eps | x_t] for Gaussian data."""
+    a, s = PROCESS.signal(t), PROCESS.sigma(t)
+    return s * (x - a * MEAN) / (a**2 * STD**2 + s**2)
+
+
+def flow(x: torch.Tensor, t: int, s: int) -> torch.Tensor:
+    """The exact solution of the probability-flow ODE from t to s for Gaussian data: quantiles stay quantiles."""
+
+    def spread(u: int) -> float:
+        return math.sqrt(PROCESS.signal(u) ** 2 * STD**2 + PROCESS.sigma(u) ** 2)
+
+    return PROCESS.signal(s) * MEAN + spread(s) / spread(t) * (x - PROCESS.signal(t) * MEAN)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_schedule_is_that_of_the_report():
+    assert PROCESS.T == 600
+    assert PROCESS.beta.dtype == torch.float64
+    assert PROCESS.beta[[1, 600]].tolist() == pytest.approx([1e-4, 0.02])
+    assert PROCESS.beta[1:].diff().std() < 1e-15
+    assert PROCESS.alpha_bar[0] == 1
+    assert PROCESS.alpha_bar[3].item() == pytest.approx(math.prod(1 - b for b in PROCESS.beta[1:4].tolist()))
+
+
+def test_q_sample_is_the_chain_of_single_steps():
+    """t single noising steps (DDPM eq. 2) give the mean and variance of eq. 4."""
+    mean, variance = 1.0, 0.0
+    for t in range(1, 201):
+        mean *= math.sqrt(1 - PROCESS.beta[t])
+        variance = (1 - PROCESS.beta[t]) * variance + PROCESS.beta[t]
+    assert PROCESS.signal(200) == pytest.approx(mean)
+    assert PROCESS.sigma(200) == pytest.approx(math.sqrt(variance))
+    x_0, eps = normal(3, 1, 2, 2), normal(3, 1, 2, 2, seed=1)
+    x_t = PROCESS.q_sample(x_0, torch.tensor([1, 200, 600]), eps)
+    assert torch.allclose(x_t[1], mean * x_0[1] + math.sqrt(variance) * eps[1])
+
+
+def test_x_0_and_eps_follow_from_each_other():
+    x_0, eps = normal(4, 1, 2, 2).clamp(-1, 1), normal(4, 1, 2, 2, seed=1)
+    x_t = PROCESS.q_sample(x_0, torch.full((4,), 350), eps)
+    assert torch.allclose(PROCESS.to_x_0(x_t, 350, eps), x_0)
+    assert torch.allclose(PROCESS.to_eps(x_t, 350, x_0), eps)
+    assert PROCESS.to_x_0(x_t, 350, eps - 100).max() == 1
+
+
+def test_loss_of_known_predictions():
+    x_0, eps = normal(4, 3, 2, 2).float(), normal(4, 3, 2, 2, seed=1).float()
+    t, y = torch.tensor([1, 200, 400, 600]), torch.tensor([0, 1, 2, -1])
+    seen = {}
+
+    def network(x, t, y):
+        seen.update(x=x, t=t, y=y)
+        return eps + t.view(-1, 1, 1, 1) / 100
+
+    loss = training_loss(network, PROCESS, x_0, y, t, eps)
+    assert loss.item() == pytest.approx((0.01**2 + 2**2 + 4**2 + 6**2) / 4, rel=1e-5)
+    assert torch.equal(seen["x"], PROCESS.q_sample(x_0, t, eps))
+    assert torch.equal(seen["t"], t)
+    assert torch.equal(seen["y"], y)
+    weight = torch.zeros(601)
+    weight[200] = 0.5
+    assert training_loss(network, PROCESS, x_0, y, t, eps, weight).item() == pytest.approx(0.5 * 2**2 / 4, rel=1e-5)
+
+
+def test_min_snr_weights():
+    """Weighted noise errors are image errors times min(SNR, gamma): |x_0 error|^2 = |eps error|^2 / SNR."""
+    weight = min_snr_weight(PROCESS, gamma=5)
+    snr = PROCESS.alpha_bar / (1 - PROCESS.alpha_bar)
+    for t in (1, 50, 120, 300, 600):
+        assert weight[t].item() == pytest.approx(min(snr[t].item(), 5) / snr[t].item())
+    assert weight[600] == 1
+    assert weight[1] < 0.001
+
+
+def test_timesteps_go_from_T_to_0():
+    assert timesteps(PROCESS, 5) == [600, 480, 360, 240, 120, 0]
+    for steps in (1, 7, 15, 599, 600):
+        t = timesteps(PROCESS, steps)
+        assert (t[0], t[-1], len(t)) == (600, 0, steps + 1)
+        assert all(a > b for a, b in pairwise(t))
+    for steps in (0, 601):
+        with pytest.raises(ValueError, match=str(steps)):
+            timesteps(PROCESS, steps)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver_pp, 2)])
+def test_solvers_converge_to_the_flow_at_their_order(sampler, order):
+    """On a grid even in log-SNR, halving the steps multiplies the error by 2^order."""
+    x = normal(200, 1, 1, 1)
+    errors = []
+    for count in (40, 80):
+        grid = torch.linspace(log_snr(PROCESS, 600), log_snr(PROCESS, 40), count + 1).tolist()
+        lambdas = [log_snr(PROCESS, t) for t in range(1, 601)]
+        steps = [1 + min(range(600), key=lambda i: abs(lambdas[i] - g)) for g in grid]
+        errors.append((sampler(predict_gaussian, x, PROCESS, steps) - flow(x, 600, 40)).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+def test_ancestral_sampling_gives_the_data_distribution():
+    random = torch.Generator().manual_seed(0)
+    x_T = normal(20_000, 1, 1, 1)
+
+    def draw(t):
+        return torch.randn(x_T.shape, dtype=x_T.dtype, generator=random)
+
+    x = ddpm(predict_gaussian, x_T, PROCESS, draw)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.005)
+    assert x.std().item() == pytest.approx(STD, rel=0.06)
+
+
+def test_one_exact_prediction_is_enough():
+    """With the true noise, every sampler returns the image."""
+    x_0, eps = normal(2, 3, 4, 4).clamp(-1, 1), normal(2, 3, 4, 4, seed=1)
+    x_T = PROCESS.q_sample(x_0, torch.full((2,), 600), eps)
+
+    def oracle(x, t):
+        return PROCESS.to_eps(x, t, x_0)
+
+    for sampler in (ddim, dpm_solver_pp):
+        assert torch.allclose(sampler(oracle, x_T, PROCESS, timesteps(PROCESS, 7)), x_0, atol=1e-9)
+    assert torch.allclose(ddpm(oracle, x_T, PROCESS, torch.zeros_like(x_T).mul), x_0, atol=1e-9)
+
+
+def test_trajectories():
+    seen = []
+    x = normal(1, 1, 1, 1)
+    for sampler in (ddim, dpm_solver_pp):
+        end = sampler(predict_gaussian, x, PROCESS, [600, 300, 0], watch=lambda t, x: seen.append((t, x)))
+        assert [t for t, _ in seen] == [600, 300, 0]
+        assert seen[0][1] is x
+        assert seen[-1][1] is end
+        seen.clear()
+    ddpm(predict_gaussian, x, PROCESS, lambda t: torch.zeros_like(x), watch=lambda t, x: seen.append((t, x)))
+    assert [t for t, _ in seen] == list(range(600, -1, -1))
+
+
+def test_guidance():
+    calls = []
+
+    def network(x, t, y):
+        calls.append(len(x))
+        return x * (y.view(-1, 1, 1, 1) + 2) * t.view(-1, 1, 1, 1)
+
+    x, y = torch.ones(3, 1, 1, 1), torch.tensor([0, 4, 9])
+    conditional, unconditional = 10 * (y + 2.0), torch.full((3,), 10.0)  # label -1 multiplies by 1
+    assert torch.equal(guided(network, y, 0)(x, 10).flatten(), conditional)
+    assert torch.equal(guided(network, y, -1)(x, 10).flatten(), unconditional)
+    assert torch.equal(guided(network, y, 2)(x, 10).flatten(), 3 * conditional - 2 * unconditional)
+    assert torch.equal(guided(network, y, 2, interval=(11, 99))(x, 10).flatten(), conditional)
+    assert calls == [3, 6, 6, 3]
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+def test_agrees_with_diffusers(name, steps):
+    diffusers = pytest.importorskip("diffusers")
+    common = {"num_train_timesteps": 600, "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"}
+    if name == "ddim":
+        scheduler = diffusers.DDIMScheduler(**common, clip_sample=True, clip_sample_range=1.0)
+        sampler, extra = ddim, {"use_clipped_model_output": True}
+    else:
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+        )
+        sampler, extra = dpm_solver_pp, {}
+    scheduler.set_timesteps(steps)
+    start = normal(50, 1, 1, 1)
+    x = start.clone()
+    for index in scheduler.timesteps:  # theirs counts from 0
+        x = scheduler.step(predict_gaussian(x, int(index) + 1), index, x, **extra).prev_sample
+    ours = sampler(predict_gaussian, start, PROCESS, timesteps(PROCESS, steps))
+    assert torch.allclose(ours, x, atol=2e-4)

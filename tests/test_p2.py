@@ -1,0 +1,301 @@
+"""Problem 2, end to end on tiny data: classifier, training, resuming, generating, scoring, and wrong input."""
+
+import argparse
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import classifier_train
+import p2_test
+import p2_train
+from common.checkpoint import load_state, load_weights, save_weights
+from datasets.digits import load_digits
+from metrics.classify import accuracy, load_classifier
+from metrics.neighbours import nearest
+from models.classifier import Classifier
+from models.unet import UNet_conditional
+from tests.helpers import assert_user_error, run
+
+TINY = ("--dim", 4, "--batch-size", 4, "--eval-images", 10, "--device", "cpu")
+CPU = torch.device("cpu")
+
+
+def train(digits, out, *options: object):
+    return run(p2_train.main, "--data", digits, "--out", out, *TINY, *options)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Sheets and scores of training from one network step and 10 images a pass."""
+    monkeypatch.setattr(p2_train, "EVAL", argparse.Namespace(sampler="dpm++", steps=1, w=0.0, seed=-2))
+    monkeypatch.setattr(p2_test, "SLICE", 10)
+
+
+@pytest.fixture(autouse=True)
+def classifier(tmp_path_factory, monkeypatch):
+    """Untrained weights in the place of the shipped classifier's."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    save_weights(path, Classifier().state_dict(), {"model": "classifier", "config": {}})
+    monkeypatch.setattr("metrics.classify.WEIGHTS", path)
+    return path
+
+
+# Training
+
+
+def test_a_run_leaves_everything_a_reader_needs(digits, tmp_path, mean_inception):
+    assert train(digits, tmp_path, "--steps", 4, "--sample-every", 2, "--eval-every", 4).code == 0
+    folder = tmp_path / "p2_000"
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["0000002.png", "0000004.png"]
+    with Image.open(folder / "samples" / "0000004.png") as image:
+        assert image.size == (302, 302)
+    assert (folder / "curves.png").is_file()
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert all(rows[1][name] for name in ("loss", "accuracy", "fd", "mean_r", "std_b"))
+    state, card = load_weights(folder / "best.safetensors")
+    assert card["config"] == {"dim": 4}
+    assert card["options"]["gamma"] == 5
+    UNet_conditional(dim=4).load_state_dict(state)
+
+
+def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
+    assert train(digits, tmp_path / "a", "--steps", 4).code == 0
+    update = p2_train.DiffusionTrainer.update
+
+    def killed(self):
+        if self.step == 3:
+            raise RuntimeError("killed")
+        return update(self)
+
+    monkeypatch.setattr(p2_train.DiffusionTrainer, "update", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(digits, tmp_path / "b", "--steps", 4, "--save-every", 1e-9)
+    monkeypatch.setattr(p2_train.DiffusionTrainer, "update", update)
+    assert run(p2_train.main, "--resume", tmp_path / "b" / "p2_000").code == 0
+    a, b = (load_state(tmp_path / x / "p2_000" / "state.pt", CPU) for x in "ab")
+    assert a["step"] == b["step"] == 4
+    for part in ("network", "average"):
+        for key, tensor in a["parts"][part].items():
+            assert torch.equal(tensor, b["parts"][part][key]), (part, key)
+
+
+def test_resume_refuses_other_options(digits, tmp_path, mean_inception):
+    assert train(digits, tmp_path, "--steps", 1, "--eval-images", 0).code == 0
+    outcome = run(p2_train.main, "--resume", tmp_path / "p2_000", "--lr", 1, "--gamma", 0)
+    assert_user_error(outcome, "--gamma (run 5.0, given 0.0)", "--lr (run 0.0003, given 1.0)")
+
+
+@pytest.mark.parametrize("drop_per", ["sample", "batch"])
+def test_labels_are_dropped(digits, tmp_path, mean_inception, monkeypatch, drop_per):
+    seen = []
+    loss = p2_train.training_loss
+
+    def watched(network, process, x_0, y, *rest):
+        seen.append(y)
+        return loss(network, process, x_0, y, *rest)
+
+    monkeypatch.setattr(p2_train, "training_loss", watched)
+    monkeypatch.setattr(p2_train.DiffusionTrainer, "picture", lambda self: None)
+    options = ("--steps", 40, "--eval-images", 0, "--drop", 0.3, "--drop-per", drop_per)
+    assert train(digits, tmp_path, *options).code == 0
+    dropped = torch.stack(seen) == -1
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.15)
+    assert dropped.any(1).equal(dropped.all(1)) == (drop_per == "batch")
+
+
+def test_the_loss_falls(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(p2_train.DiffusionTrainer, "picture", lambda self: None)
+    options = ("--steps", 100, "--lr", 3e-3, "--eval-images", 0)
+    assert train(digits, tmp_path, *options).code == 0
+    rows = list(csv.DictReader((tmp_path / "p2_000" / "metrics.csv").read_text().splitlines()))
+    assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
+
+
+def test_recipes():
+    ours, report = p2_train.parse_options([]), p2_train.parse_options(["--recipe", "report", "--steps", "9"])
+    assert (ours.ema, ours.gamma, ours.drop_per, ours.anneal) == (0.9995, 5, "sample", True)
+    assert (report.ema, report.gamma, report.drop_per, report.anneal) == (0.995, 0, "batch", False)
+    assert (report.batch_size, report.lr, report.steps) == (64, 3e-4, 9)
+
+
+def test_training_goes_on_without_metrics(digits, tmp_path, no_inception, classifier, capsys):
+    classifier.unlink()
+    assert train(digits, tmp_path, "--steps", 1).code == 0
+    out = capsys.readouterr().out
+    assert "no Fréchet distance" in out
+    assert "no digit accuracy" in out
+
+
+def test_wrong_training_input(digits, tmp_path, mean_inception):
+    assert_user_error(train(tmp_path / "nowhere", tmp_path), tmp_path / "nowhere", "no such folder")
+    assert_user_error(train(digits, tmp_path, "--drop", 1), "--drop 1")
+    assert not list(tmp_path.glob("p2_*"))
+
+
+# The classifier
+
+
+def test_classifier_learns_and_is_exported(digits, tmp_path, capsys):
+    options = ("--data", digits, "--out", tmp_path, "--steps", 4, "--batch-size", 8, "--device", "cpu")
+    assert run(classifier_train.main, *options).code == 0
+    assert "of the 20 validation digits are read correctly" in capsys.readouterr().out
+    network = load_classifier(tmp_path / "classifier_000" / "best.safetensors")
+    assert network(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
+
+
+def test_the_courses_classifier_can_be_given(tmp_path):
+    torch.manual_seed(1)
+    network, path = Classifier(), tmp_path / "Classifier.pth"
+    torch.save({"state_dict": network.state_dict(), "epoch": 3}, path)
+    x = torch.randn(2, 3, 28, 28)
+    assert torch.equal(load_classifier(path)(x), network(x))
+
+
+def test_accuracy_of_known_predictions():
+    classifier = Classifier()
+    for p in classifier.parameters():
+        p.data.zero_()
+    classifier.fc3.bias.data[4] = 1  # reads everything as a 4
+    images = torch.zeros(4, 3, 28, 28, dtype=torch.uint8)
+    assert accuracy(classifier, images, torch.tensor([4, 4, 4, 1])) == 75
+
+
+def test_nearest_neighbours():
+    random = torch.Generator().manual_seed(0)
+    training = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8, generator=random)
+    images = training[[7, 30]].clone()
+    images[1] = torch.where(images[1] < 253, images[1] + 3, images[1] - 3)
+    distances, rows = nearest(images, training, k=3)
+    assert rows[:, 0].tolist() == [7, 30]
+    assert distances[:, 0].tolist() == pytest.approx([0, 3])
+    gaps = (training.float() - images[0].float()).square().mean((1, 2, 3)).sqrt().sort().values
+    assert distances[0].tolist() == pytest.approx(gaps[:3].tolist())
+
+
+# Generation
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_weights(path, UNet_conditional(dim=4).state_dict(), {"model": "unet", "config": {"dim": 4}})
+    return path
+
+
+def generate(weights, out, *options: object):
+    return run(p2_test.main, "--weights", weights, "--out", out, "--device", "cpu", "--steps", 2, *options)
+
+
+def pictures(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_writes_the_files_the_graders_expect(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(p2_test, "solve", lambda *_: torch.rand(10, 3, 28, 28))
+    assert generate(weights, tmp_path / "out").code == 0
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == sorted(f"{d}_{i:03d}.png" for d in range(10) for i in range(1, 101))
+    with Image.open(tmp_path / "out" / "7_042.png") as image:
+        assert (image.size, image.mode) == ((28, 28), "RGB")
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddim"])
+def test_an_image_depends_on_digit_number_and_seed_only(weights, tmp_path, monkeypatch, sampler):
+    monkeypatch.setattr(p2_test, "SLICE", 2)
+
+    def images(name, *options):
+        assert generate(weights, tmp_path / name, "--sampler", sampler, *options).code == 0
+        return pictures(tmp_path / name)
+
+    a = images("a", "--digits", "305", "--per-digit", 5)
+    b = images("b", "--digits", "50", "--per-digit", 3)
+    assert b == {name: a[name] for name in b}
+    assert images("a", "--digits", "305", "--per-digit", 5) == a
+    c = images("c", "--digits", "5", "--per-digit", 3, "--seed", 1)
+    assert not set(a.values()) & set(c.values())
+    assert len(set(a.values())) == 15
+
+
+def test_ancestral_sampling_repeats_itself(weights, tmp_path, monkeypatch):
+    """Its noise comes from the same generators, step by step."""
+    monkeypatch.setattr("p2_test.Process", lambda: __import__("models.diffusion").diffusion.Process(T=4))
+    for name, count in (("a", 4), ("b", 1)):
+        options = ("--weights", weights, "--out", tmp_path / name, "--device", "cpu", "--sampler", "ddpm")
+        assert run(p2_test.main, *options, "--digits", 2, "--per-digit", count).code == 0
+    a, b = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    assert len(set(a.values())) == 4
+    assert b == {"2_001.png": a["2_001.png"]}
+
+
+def test_figures(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("p2_test.FIGURE_T", (0, 2, 4))
+    monkeypatch.setattr("p2_test.Process", lambda: __import__("models.diffusion").diffusion.Process(T=4))
+    grid, strip = tmp_path / "f" / "grid.png", tmp_path / "g" / "strip.png"
+    options = ("--digits", "14", "--per-digit", 3, "--grid", grid, "--trajectory", strip)
+    assert generate(weights, tmp_path / "out", *options).code == 0
+    with Image.open(grid) as image:
+        assert image.size == (3 * 30 + 2, 2 * 30 + 2)
+        fifth = np.asarray(image)[32:60, 32:60]
+    with Image.open(tmp_path / "out" / "4_002.png") as image:
+        assert np.array_equal(fifth, np.asarray(image))
+    with Image.open(strip) as image:
+        assert image.size[0] > 300
+
+
+def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, monkeypatch, capsys):
+    """Real digits in place of the generated ones score a distance of 0 and stand beside themselves."""
+    from common.pictures import save_images
+
+    real = load_digits(digits, "val")
+    by_digit = real[torch.arange(20).view(2, 10).T.flatten()]
+    monkeypatch.setattr(p2_test, "save_images", lambda _images, names, out: save_images(by_digit, names, out))
+    sheet = tmp_path / "n" / "neighbours.png"
+    options = ("--per-digit", 2, "--evaluate", digits, "--neighbours", sheet)
+    assert generate(weights, tmp_path / "out", *options).code == 0
+    out = capsys.readouterr().out
+    assert "FD-48 0.0000 to 20 validation digits" in out or "FD-48 -0.0000 to 20" in out
+    assert out.count("% read as") == 10
+    samples, validation = (line for line in out.splitlines() if line.startswith("nearest"))
+    assert samples.split(": ")[1] == validation.split(": ")[1]
+    with Image.open(sheet) as image:
+        assert image.size == (8 * 30 + 2, 10 * 30 + 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--w", -2), "--w -2.0"),
+        (("--w", "nan"), "--w nan"),
+        (("--steps", 601), "--steps 601"),
+        (("--sampler", "ddpm"), "--steps 2"),
+        (("--digits", "3a"), "--digits 3a"),
+        (("--digits", "33"), "--digits 33"),
+        (("--neighbours", "x.png"), "--neighbours"),
+    ],
+)
+def test_wrong_options(weights, tmp_path, options, part):
+    assert_user_error(generate(weights, tmp_path / "out", *options), part)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_files(weights, digits, tmp_path, mean_inception):
+    out = tmp_path / "out"
+    assert_user_error(generate(tmp_path / "none.safetensors", out), "none.safetensors", "no such weight file")
+    foreign = tmp_path / "foreign.safetensors"
+    save_weights(foreign, Classifier().state_dict(), {"model": "classifier", "config": {}})
+    assert_user_error(generate(foreign, out), foreign, "'classifier'")
+    assert_user_error(generate(weights, out, "--evaluate", tmp_path / "none"), tmp_path / "none")
+    bad = tmp_path / "Classifier.pth"
+    for content in ({"state_dict": {"fc.weight": torch.zeros(2)}}, {"model": 1}, [1]):
+        torch.save(content, bad)
+        assert_user_error(generate(weights, out, "--evaluate", digits, "--classifier", bad), bad, "state_dict")
+    bad.write_text("text")
+    assert_user_error(generate(weights, out, "--evaluate", digits, "--classifier", bad), bad)
+    assert_user_error(generate(weights, out, "--evaluate", digits, "--classifier", tmp_path / "no.pth"), "no.pth")
+    assert not out.exists()
