@@ -16,6 +16,7 @@ generator is then updated through the new discriminator.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.device import autocast, bfloat16_pays, noise, pick_device, step_generator
-from common.ema import EMA
+from common.ema import EMA, reestimate_batch_norm
 from common.errors import UserError, run_main
 from common.pictures import sheet
 from common.run import add_common_options, parse_with_resume, positive_int
@@ -158,19 +159,9 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     return torch.stack([loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
 
 
-@torch.no_grad()
-def reestimate_batch_norm(generator: nn.Module, device: torch.device, batches: int = 20, size: int = 100) -> None:
-    """Set the batch-norm statistics to the mean over ``batches`` batches of fixed noise; leaves eval mode on."""
-    norms = [m for m in generator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean instead of a moving one
-    generator.train()
-    for i in range(batches):
-        generator(noise(-1, range(i * size, (i + 1) * size), generator.z_dim).to(device))
-    generator.eval()
-    for norm in norms:
-        norm.momentum = 0.1
+def noise_batches(z_dim: int, device: torch.device, batches: int = 20, size: int = 100) -> Iterator[Tensor]:
+    """The fixed noise on which the averaged generator's batch-norm statistics are measured."""
+    return (noise(-1, range(i * size, (i + 1) * size), z_dim).to(device) for i in range(batches))
 
 
 class Judge:
@@ -228,7 +219,7 @@ class FaceTrainer(Trainer):
 
     def prepare(self) -> None:
         if self.o.ema:
-            reestimate_batch_norm(self.nets.average, self.device)
+            reestimate_batch_norm(self.nets.average, noise_batches(self.nets.average.z_dim, self.device))
         else:
             self.nets.ema.copy_buffers(self.nets.generator)
 

@@ -1,9 +1,26 @@
 """Exponential moving average of a network's weights."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def reestimate_batch_norm(network: nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Set the batch-norm statistics to their mean over batches of ``inputs``; leaves eval mode on."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean instead of a moving one
+    network.train()
+    for x in inputs:
+        network(x)
+    network.eval()
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
 
 
 class EMA:
@@ -11,7 +28,7 @@ class EMA:
 
     The decay of step s is min(decay, (1 + s) / (10 + s)), so early averages forget the initial weights.
     Buffers (batch-norm statistics) do not follow: averaged weights have statistics of their own, which
-    ``p1_train.reestimate_batch_norm`` measures. With decay 0 the copy is the source, buffers included.
+    ``reestimate_batch_norm`` measures. With decay 0 the copy is the source, buffers included.
     """
 
     def __init__(self, source: nn.Module, decay: float):

@@ -57,6 +57,40 @@ def cutout(x: Tensor, generator: Generator, ratio: float = 0.5) -> Tensor:
     return x * ~(inside(h, (1, 1, h, 1)) & inside(w, (1, 1, 1, w)))
 
 
+def standardise(x: Tensor) -> Tensor:
+    """Each image of (N, C, H, W) minus its mean, over its standard deviation, all pixels and channels together."""
+    mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
+    return (x - mean) / std.clamp(min=0.02)
+
+
+def digit_input(images: Tensor, size: int, standardised: bool) -> Tensor:
+    """uint8 digits (N, 3, 28, 28) -> what the classifiers of problem 3 see: float (N, 3, size, size)."""
+    x = normalise(images)
+    if x.shape[-1] != size:
+        x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    return standardise(x) if standardised else x
+
+
+def intensity(x: Tensor, generator: Generator) -> Tensor:
+    """Of each image, the sign flipped with probability one half, contrast times 0.25 ... 1.5, brightness +-0.5."""
+    sign = torch.where(_uniform(x, generator) < 0.5, -1.0, 1.0)
+    return x * sign * (_uniform(x, generator) * 1.25 + 0.25) + (_uniform(x, generator) - 0.5)
+
+
+def geometry(x: Tensor, generator: Generator, turn: float = 0.2, zoom: float = 0.2, shift: float = 0.12) -> Tensor:
+    """Rotation by up to ``turn`` radians, scale 1 +- ``zoom`` in each direction, shift by up to ``shift`` of half the
+    side; the border is repeated."""
+    n = len(x)
+
+    def draw(reach: float) -> Tensor:
+        return (torch.rand(n, generator=generator, device=x.device) * 2 - 1) * reach
+
+    angle, sx, sy = draw(turn), 1 + draw(zoom), 1 + draw(zoom)
+    rows = [angle.cos() * sx, -angle.sin() * sy, draw(shift), angle.sin() * sx, angle.cos() * sy, draw(shift)]
+    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
 POLICIES = {"color": colour, "translation": translation, "cutout": cutout}
 
 

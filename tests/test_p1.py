@@ -15,6 +15,7 @@ from torch import nn
 import p1_test
 import p1_train
 from common.checkpoint import load_state, load_weights, save_weights
+from common.ema import reestimate_batch_norm
 from models import dcgan, sngan
 from tests.helpers import assert_user_error, run
 
@@ -75,7 +76,7 @@ def test_batch_norm_statistics_of_the_average():
     generator = dcgan.Generator(dim=2)
     for p in generator.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    p1_train.reestimate_batch_norm(generator, CPU, batches=10, size=50)
+    reestimate_batch_norm(generator, p1_train.noise_batches(100, CPU, batches=10, size=50))
     assert not generator.training
     seen = []
     norm = generator.l2_5[1][1]
@@ -201,7 +202,7 @@ def weights(tmp_path_factory):
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
     generator = dcgan.Generator(dim=2)
-    p1_train.reestimate_batch_norm(generator, CPU, batches=2)
+    reestimate_batch_norm(generator, p1_train.noise_batches(100, CPU, batches=2))
     save_weights(path, generator.state_dict(), {"model": "sngan", "config": {"z_dim": 100, "dim": 2}})
     return path
 

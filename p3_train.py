@@ -1,0 +1,281 @@
+"""Train a digit classifier for a target domain (problem 3): MNIST-M to SVHN or USPS.
+
+  python3 p3_train.py --method dann    --target svhn    # plain DANN: labels of the source, images of the target
+  python3 p3_train.py --method dann-st --target svhn    # our best: DANN and self-training
+  python3 p3_train.py --method source  --target svhn    # lower bound: ResNet34 on MNIST-M alone
+  python3 p3_train.py --method target  --target svhn    # upper bound: ResNet34 on the target's labels
+  python3 p3_train.py --resume runs/p3_dann-st_svhn_000
+
+--data is a folder with mnistm/, svhn/ and usps/. Adaptation receives target training images and no target label; its
+checkpoint is chosen by held-out source accuracy and the mutual information of target predictions. Validation data is
+never read. The run folder is as that of p1_train.py.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.device import autocast, bfloat16_pays, pick_device, step_generator
+from common.ema import EMA, reestimate_batch_norm
+from common.errors import run_main
+from common.run import add_common_options, parse_with_resume, positive_int
+from common.trainer import Trainer
+from datasets.augment import digit_input, geometry, intensity
+from datasets.digits import CLASSES, load_digits, load_labels
+from datasets.images import describe, hold_out
+from models.dann import Dann, DomainClassifier, adaptation_factor, reverse_gradient, small_image_resnet34
+
+SOURCE = "mnistm"
+HELD_OUT = 2000  # source images (or target images, for the upper bound) kept for choosing a checkpoint
+SCORED = 3000  # target training images on which the label-free validator looks
+RAMP = 0.15  # self-training starts after this share of the budget
+RECIPES = {
+    "source": {"steps": 1000, "lr": 1e-3, "weight_decay": 5e-2, "size": 28, "ema": 0.99},
+    "target": {"steps": 1000, "lr": 1e-3, "weight_decay": 5e-2, "size": 28, "ema": 0.99},
+    "dann": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.99, "adversary": 1.0},
+    "dann-st": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.995, "adversary": 0.3}
+    | {"intensity": True, "geometry": True, "separate": True, "self_training": 1.0},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument("--method", choices=RECIPES, default="dann-st", help="decides the defaults marked *")
+    parser.add_argument("--target", choices=("svhn", "usps"), default="svhn")
+    parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="folder with mnistm, svhn, usps")
+    parser.add_argument("--steps", type=positive_int, help="* updates")
+    parser.add_argument("--batch-size", type=positive_int, default=128, help="images of each domain per update")
+    parser.add_argument("--lr", type=float, help="* AdamW learning rate, to 0 over the second half")
+    parser.add_argument("--weight-decay", type=float, help="* of AdamW")
+    parser.add_argument("--ema", type=float, help="* decay of the weight average, which is the teacher and the result")
+    parser.add_argument("--size", type=positive_int, help="* side of the images the network sees")
+    parser.add_argument("--standardise", action=boolean, default=True, help="mean 0, deviation 1 for each image")
+    parser.add_argument("--intensity", action=boolean, default=False, help="* flip, scale and shift intensities")
+    parser.add_argument("--geometry", action=boolean, default=False, help="* turn, scale and shift images")
+    parser.add_argument("--separate", action=boolean, default=False, help="* batch statistics for each domain")
+    parser.add_argument("--adversary", type=float, default=0.0, help="* weight of the reversed gradient")
+    parser.add_argument("--self-training", type=float, default=0.0, help="* weight of the teacher's labels")
+    parser.add_argument("--threshold", type=float, default=0.9, help="teacher's confidence, relative to source images")
+    parser.add_argument("--align", action=boolean, default=True, help="pull the teacher's classes to equal shares")
+    parser.add_argument("--dim", type=positive_int, default=64, help="width of the extractor; the report has 64")
+    parser.add_argument("--eval-every", type=positive_int, default=500, help="steps between evaluations")
+    parser.set_defaults(sample_every=10**9, anneal=True)
+    add_common_options(parser)
+    return parser
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    return parse_with_resume(build_parser(), argv, lambda o: RECIPES[o.method])
+
+
+class DigitTrainer(Trainer):
+    """What the methods share: the network, its average, its view of images, its optimiser."""
+
+    def __init__(self, o: argparse.Namespace, network: nn.Module, images: Tensor, extra: dict[str, nn.Module]):
+        self.network, self.ema = network, EMA(network, o.ema)
+        trained = [p for part in (network, *extra.values()) for p in part.parameters()]
+        self.optimiser = torch.optim.AdamW(trained, o.lr, weight_decay=o.weight_decay, fused=True)
+        parts = {"network": network, "average": self.average, "optimiser": self.optimiser, **extra}
+        device = next(network.parameters()).device
+        super().__init__(f"p3_{o.method}_{o.target}", o, device, describe(images), parts)
+
+    @property
+    def average(self) -> nn.Module:
+        return self.ema.module
+
+    def see(self, images: Tensor) -> Tensor:
+        return digit_input(images, self.o.size, self.o.standardise)
+
+    def augmented(self, images: Tensor, random: torch.Generator) -> Tensor:
+        x = self.see(images)
+        if self.o.geometry:
+            x = geometry(x, random)
+        return intensity(x, random) if self.o.intensity else x
+
+    def draw(self, count: int, random: torch.Generator) -> Tensor:
+        return torch.randint(count, (self.o.batch_size,), generator=random, device=self.device)
+
+    def descend(self, loss: Tensor) -> None:
+        self.optimiser.param_groups[0]["lr"] = self.o.lr * self.factor
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.ema.update(self.network, self.step)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Class probabilities (N, 10) of uint8 images by the average, whose batch statistics are of such images."""
+        reestimate_batch_norm(self.average, (self.see(batch) for batch in images.split(250)))
+        return torch.cat([self.average(self.see(batch)).softmax(1) for batch in images.split(250)])
+
+
+class SupervisedTrainer(DigitTrainer):
+    """ResNet34 on the labels of one domain: the report's lower and upper bound."""
+
+    losses = ("loss",)
+    scores = ("error",)
+    selects = "error"
+    panels = (("loss",), ("error",))
+
+    def __init__(self, o: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device):
+        (images, held_images), (labels, held_labels) = (hold_out(x.to(device), HELD_OUT) for x in (images, labels))
+        self.images, self.labels, self.held_images, self.held_labels = images, labels, held_images, held_labels
+        torch.manual_seed(o.seed)
+        super().__init__(o, small_image_resnet34().to(device), images.cpu(), {})
+
+    def update(self) -> Tensor:
+        random = step_generator(self.device, self.o.seed, self.step)
+        rows = self.draw(len(self.images), random)
+        with autocast(self.device, self.o.bf16):
+            logits = self.network.train()(self.augmented(self.images[rows], random))
+        loss = F.cross_entropy(logits.float(), self.labels[rows])
+        self.descend(loss)
+        return loss.detach()[None]
+
+    def describe(self, means: dict[str, float]) -> str:
+        return "loss {loss:.3f}".format(**means)
+
+    def prepare(self) -> None:
+        batches = self.images[:2000].split(250)
+        reestimate_batch_norm(self.average, (self.see(batch) for batch in batches))
+
+    def evaluate(self) -> dict[str, float]:
+        with torch.no_grad():
+            guesses = [self.average(self.see(batch)).argmax(1) for batch in self.held_images.split(250)]
+        return {"error": 100 * float((torch.cat(guesses) != self.held_labels).float().mean())}
+
+    def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
+        return "resnet34", {}, self.average.state_dict()
+
+
+class AdaptationTrainer(DigitTrainer):
+    """DANN, and self-training on top of it. Of the target it is given images, and nothing else."""
+
+    losses = ("loss_class", "loss_domain", "loss_self", "domain_source", "domain_target", "kept")
+    scores = ("validator", "source", *(f"share_{c}" for c in range(CLASSES)))
+    selects = "validator"
+    panels = (
+        ("loss_class", "loss_domain", "loss_self"),
+        ("domain_source", "domain_target", "kept"),
+        ("validator",),
+        ("source",),
+        tuple(f"share_{c}" for c in range(CLASSES)),
+    )
+
+    def __init__(
+        self, o: argparse.Namespace, images: Tensor, labels: Tensor, target_images: Tensor, device: torch.device
+    ):
+        (self.images, self.held_images), (self.labels, self.held_labels) = (
+            hold_out(x.to(device), HELD_OUT) for x in (images, labels)
+        )
+        self.target_images = target_images.to(device)
+        torch.manual_seed(o.seed)
+        network, self.domain = Dann(o.dim).to(device), DomainClassifier().to(device)
+        super().__init__(o, network, torch.cat([self.images.cpu()[:500], target_images]), {"domain": self.domain})
+
+    def features(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        extractor = self.network.extractor
+        if self.o.separate:
+            return extractor(source), extractor(target)
+        return extractor(torch.cat([source, target])).tensor_split([len(source)])
+
+    def update(self) -> Tensor:
+        o, device = self.o, self.device
+        random = step_generator(device, o.seed, self.step)
+        rows = self.draw(len(self.images), random)
+        source, labels = self.images[rows], self.labels[rows]
+        target = self.target_images[self.draw(len(self.target_images), random)]
+        progress = self.budget.progress(self.step)
+        self.network.train()
+        with autocast(device, o.bf16):
+            h_s, h_t = self.features(self.augmented(source, random), self.augmented(target, random))
+            logits_s, logits_t = self.network.predictor(h_s).float(), self.network.predictor(h_t).float()
+            reversed_h = reverse_gradient(torch.cat([h_s, h_t]), o.adversary * adaptation_factor(progress))
+            domain = self.domain(reversed_h).float()  # logits of being a source image
+        is_source = torch.cat([domain.new_ones(len(h_s)), domain.new_zeros(len(h_t))])
+        loss_domain = F.binary_cross_entropy_with_logits(domain, is_source)
+        loss_class = F.cross_entropy(logits_s, labels)
+        loss_self, kept = loss_class.new_zeros(()), loss_class.new_zeros(())
+        if o.self_training and progress >= RAMP:
+            guess, sure = self.teach(source, target)
+            loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
+            kept = sure.mean()
+        self.descend(loss_class + loss_domain + o.self_training * loss_self)
+        correct = ((domain > 0) == (is_source > 0)).float().detach()
+        d_s, d_t = correct[: len(h_s)].mean(), correct[len(h_s) :].mean()
+        return torch.stack([loss_class, loss_domain, loss_self, d_s, d_t, kept]).detach()
+
+    @torch.no_grad()
+    def teach(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(guessed classes (N,), 1 where the teacher is sure enough (N,)) of target images.
+
+        The teacher is the weight average; it sees every image as it is and with its intensities flipped. Sure enough
+        is ``threshold`` times its mean confidence on source images (AdaMatch, Berthelot et al. 2022,
+        arXiv:2106.04732). With ``align`` its classes are first weighted so that they come in equal shares.
+        """
+        teacher = self.average.train()  # statistics of the batch at hand
+
+        def classify(images: Tensor) -> Tensor:
+            x = self.see(images)
+            views = (x, -x) if self.o.intensity else (x,)
+            with autocast(self.device, self.o.bf16):
+                return torch.stack([teacher(v).float().softmax(1) for v in views]).mean(0)
+
+        threshold = self.o.threshold * classify(source).max(1).values.mean()
+        p = classify(target)
+        if self.o.align:
+            p = p / p.mean(0).clamp(min=1e-3)
+            p = p / p.sum(1, keepdim=True)
+        confidence, guess = p.max(1)
+        return guess, (confidence >= threshold).float()
+
+    def describe(self, means: dict[str, float]) -> str:
+        text = "loss class {loss_class:.3f} domain {loss_domain:.3f} self {loss_self:.3f}, "
+        return (text + "domain right {domain_source:.2f} / {domain_target:.2f}, kept {kept:.2f}").format(**means)
+
+    def evaluate(self) -> dict[str, float]:
+        source = 100 * float((self.predict(self.held_images).argmax(1) == self.held_labels).float().mean())
+        p = self.predict(self.target_images[:SCORED])  # last, so that its statistics are exported
+        shares = torch.bincount(p.argmax(1), minlength=CLASSES) / len(p)
+        scores = {"validator": -source / 100 - mutual_information(p) / math.log(CLASSES), "source": source}
+        return scores | {f"share_{c}": float(share) for c, share in enumerate(shares)}
+
+    def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
+        return "dann", {"dim": self.o.dim}, self.average.state_dict()
+
+
+def mutual_information(p: Tensor) -> float:
+    """H(mean p) - mean H(p) of class probabilities p (N, C), in nats: high when predictions are sure and varied."""
+
+    def entropy(q: Tensor) -> Tensor:
+        return -(q * q.clamp(min=1e-12).log()).sum(-1)
+
+    return float(entropy(p.mean(0)) - entropy(p).mean())
+
+
+def make_trainer(o: argparse.Namespace) -> DigitTrainer:
+    device = pick_device(o.device)
+    o.bf16 = bfloat16_pays(device) if o.bf16 is None else o.bf16
+    if o.method == "target":
+        return SupervisedTrainer(o, *load(o.data / o.target), device)
+    if o.method == "source":
+        return SupervisedTrainer(o, *load(o.data / SOURCE), device)
+    return AdaptationTrainer(o, *load(o.data / SOURCE), load_digits(o.data / o.target, "train"), device)
+
+
+def load(root: Path) -> tuple[Tensor, Tensor]:
+    return load_digits(root, "train"), load_labels(root, "train")
+
+
+def main() -> None:
+    make_trainer(parse_options(sys.argv[1:])).train()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,133 @@
+"""Problem 3, training on tiny data: what adaptation sees, how it is guided, and how it resumes."""
+
+import csv
+import inspect
+import math
+
+import pytest
+import torch
+
+import p3_train
+from common.checkpoint import load_state, load_weights
+from datasets.augment import digit_input, geometry, intensity
+from models.dann import Dann, small_image_resnet34
+from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """mnistm, usps (gray) and svhn; the lists of the targets have labels in val only, none in train."""
+    root = tmp_path_factory.mktemp("digits")
+    for seed, (name, channels) in enumerate((("mnistm", 3), ("svhn", 3), ("usps", 1))):
+        paths = write_pngs(root / name / "data", smooth_images(40, 28, channels, seed))
+        write_index(root / name / "train.csv", [(p.name, i % 10) for i, p in enumerate(paths)])
+    for name in ("svhn", "usps"):
+        lines = (root / name / "train.csv").read_text().splitlines()
+        (root / name / "unlabelled.csv").write_text("\n".join(line.split(",")[0] for line in lines))
+    return root
+
+
+@pytest.fixture
+def unlabelled(domains, tmp_path):
+    """The same data with no label column in the lists of the targets."""
+    for name in ("mnistm", "svhn", "usps"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / "data").symlink_to(domains / name / "data")
+        index = domains / name / ("train.csv" if name == "mnistm" else "unlabelled.csv")
+        (tmp_path / "d" / name / "train.csv").write_bytes(index.read_bytes())
+    return tmp_path / "d"
+
+
+def train(data, out, *options: object):
+    common = ("--dim", 2, "--batch-size", 4, "--device", "cpu", "--no-bf16")
+    return run(p3_train.main, "--data", data, "--out", out, *common, *options)
+
+
+@pytest.mark.parametrize(("method", "target"), [("dann", "usps"), ("dann-st", "svhn")])
+def test_adaptation_needs_no_target_labels(unlabelled, tmp_path, method, target):
+    assert train(unlabelled, tmp_path, "--method", method, "--target", target, "--steps", 3).code == 0
+    folder = tmp_path / f"p3_{method}_{target}_000"
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert all(rows[-1][c] for c in ("source", "validator", "domain_source", "domain_target", "loss_class"))
+    assert sum(float(rows[-1][f"share_{c}"]) for c in range(10)) == pytest.approx(1, abs=1e-3)
+    state, card = load_weights(folder / "best.safetensors")
+    Dann(**card["config"]).load_state_dict(state)
+    assert card["options"]["standardise"] is True
+
+
+def test_the_adapting_code_is_given_target_images_only():
+    parameters = inspect.signature(p3_train.AdaptationTrainer.__init__).parameters
+    assert [p for p in parameters if "target" in p] == ["target_images"]
+
+
+@pytest.mark.parametrize(("method", "target"), [("source", "svhn"), ("target", "usps")])
+def test_baselines(domains, tmp_path, method, target):
+    assert train(domains, tmp_path, "--method", method, "--target", target, "--steps", 1).code == 0
+    state, card = load_weights(tmp_path / f"p3_{method}_{target}_000" / "best.safetensors")
+    small_image_resnet34().load_state_dict(state)
+    assert set(card["held_out_scores"]) == {"error"}
+
+
+def test_the_upper_bound_needs_labels(unlabelled, tmp_path):
+    outcome = train(unlabelled, tmp_path, "--method", "target", "--target", "svhn", "--steps", 1)
+    assert_user_error(outcome, unlabelled / "svhn" / "train.csv", "label")
+
+
+def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
+    options = ("--method", "dann-st", "--steps", 6, "--eval-every", 3, "--threshold", 0.1)
+    assert train(domains, tmp_path / "a", *options).code == 0
+    update = p3_train.AdaptationTrainer.update
+
+    def killed(self):
+        if self.step == 5:
+            raise RuntimeError("killed")
+        return update(self)
+
+    monkeypatch.setattr(p3_train.AdaptationTrainer, "update", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(domains, tmp_path / "b", *options, "--save-every", 1e-9)
+    monkeypatch.setattr(p3_train.AdaptationTrainer, "update", update)
+    name = "p3_dann-st_svhn_000"
+    assert run(p3_train.main, "--resume", tmp_path / "b" / name).code == 0
+    a, b = (load_state(tmp_path / x / name / "state.pt", CPU) for x in "ab")
+    for part in ("network", "average", "domain"):
+        for key, tensor in a["parts"][part].items():
+            assert torch.equal(tensor, b["parts"][part][key]), (part, key)
+
+
+def test_mutual_information():
+    sure = torch.eye(10).repeat(3, 1)
+    assert p3_train.mutual_information(sure) == pytest.approx(math.log(10))
+    assert p3_train.mutual_information(sure[:1].repeat(9, 1)) == pytest.approx(0, abs=1e-6)  # a collapse
+    assert p3_train.mutual_information(torch.full((9, 10), 0.1)) == pytest.approx(0, abs=1e-6)
+
+
+def test_standardised_input():
+    images = torch.from_numpy(smooth_images(5, 28)).permute(0, 3, 1, 2)
+    x = digit_input(images, 32, standardised=True)
+    assert x.shape == (5, 3, 32, 32)
+    assert torch.allclose(x.mean((1, 2, 3)), torch.zeros(5), atol=1e-5)
+    assert torch.allclose(x.std((1, 2, 3)), torch.ones(5), atol=1e-5)
+    assert digit_input(torch.full((1, 3, 28, 28), 9, dtype=torch.uint8), 28, True).abs().max() < 1e-5
+    assert torch.equal(digit_input(images, 28, standardised=False), images.float() / 127.5 - 1)
+
+
+def test_digit_augmentations_are_small_and_reproducible():
+    def random():
+        return torch.Generator().manual_seed(0)
+
+    x = torch.zeros(300, 1, 32, 32)
+    x[:, :, 14:18, 14:18] = 1
+    moved = geometry(x, random())
+    assert torch.equal(moved, geometry(x, random()))
+    rows = torch.arange(32.0).view(1, 1, 32, 1)
+    centre = (moved * rows).sum((1, 2, 3)) / moved.sum((1, 2, 3))
+    assert (centre - 15.5).abs().max() < 3
+    assert (centre - 15.5).abs().max() > 1
+    y = intensity(x, random())
+    slope = y[:, 0, 15, 15] - y[:, 0, 0, 0]
+    assert 0.4 < (slope > 0).float().mean() < 0.6
+    assert slope.abs().min() >= 0.25
+    assert slope.abs().max() <= 1.5
