@@ -78,6 +78,25 @@ def plot_strip(images: list[Tensor], titles: list[str], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_points(points: np.ndarray, groups: list[int], names: list[str], title: str, path: Path) -> None:
+    """Points (N, 2), coloured by group (an index into ``names``), with a legend beside the crowd."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = plt.get_cmap("tab10").colors if len(names) > 2 else ("#0072b2", "#d55e00")
+    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    for group, name in enumerate(names):
+        chosen = points[np.array(groups) == group]
+        axis.scatter(chosen[:, 0], chosen[:, 1], s=7, color=colours[group], label=name, linewidths=0)
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5, frameon=False)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
 def plot_curves(metrics_csv: Path, path: Path, panels: tuple[tuple[str, ...], ...], title: str) -> None:
     """One panel per tuple of columns of a metrics CSV, against its ``step`` column. Empty cells are left out."""
     import matplotlib

@@ -26,11 +26,15 @@ def load_digits(root: Path, split: str) -> Tensor:
 
 def load_labels(root: Path, split: str) -> Tensor:
     """int64 (N,) in 0 ... 9, in the order of the CSV. Raises UserError for a missing column or a wrong label."""
-    path = Path(root) / f"{split}.csv"
+    return torch.tensor([label for _, label in read_labels(Path(root) / f"{split}.csv")])
+
+
+def read_labels(path: Path) -> list[tuple[str, int]]:
+    """(image name, label) of every row. Raises UserError for a missing column or a wrong label."""
     labels = []
     for line, row in enumerate(read_index(path, "label"), 2):
         text = (row["label"] or "").strip()
         if text not in set("0123456789"):
             raise UserError(f"{path}, line {line}: label {text!r} of {row['image_name']} is not a digit 0-9; mend it")
-        labels.append(int(text))
-    return torch.tensor(labels)
+        labels.append((row["image_name"], int(text)))
+    return labels

@@ -1,0 +1,195 @@
+"""Classify the digits of a target domain (problem 3), and look at what was learnt.
+
+  python3 p3_test.py --images hw2_data/digits/svhn/test --out labels.csv      # image_name,label, sorted by name
+  python3 p3_test.py --images DIR --out labels.csv --evaluate truth.csv       # accuracy and confusion matrix, too
+  python3 p3_test.py --tsne figures --target svhn --data hw2_data/digits      # the report's two plots of a pair
+
+The domain is --target, else svhn or usps in the path of the images (the last component that names one), else the
+images themselves: gray is USPS, colour is SVHN. Weights and all settings come from checkpoints/p3_TARGET.safetensors.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from common.checkpoint import load_network
+from common.device import pick_device
+from common.errors import UserError, run_main
+from common.files import atomic, make_folder
+from common.pictures import plot_points
+from datasets.augment import digit_input
+from datasets.digits import CLASSES, SIZE, load_digits, load_labels, read_labels
+from datasets.images import UNREADABLE, decode_files, list_images, name_some
+from models.dann import Dann, small_image_resnet34
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+TARGETS = ("svhn", "usps")
+SLICE = 100  # images per forward pass
+TSNE_IMAGES = 1000  # validation images of each domain in a plot
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of 28x28 digits")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="file for the labels; its folder is made when missing")
+    parser.add_argument("--target", choices=TARGETS, help="default: found from the path or the images")
+    parser.add_argument("--weights", type=Path, help="default: checkpoints/p3_TARGET.safetensors")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read or are not 28x28")
+    parser.add_argument("--evaluate", type=Path, metavar="CSV", help="true labels (image_name,label) to score against")
+    parser.add_argument("--tsne", type=Path, metavar="FOLDER", help="draw features by class and by domain")
+    parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="for --tsne: mnistm, svhn, usps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    o = parser.parse_args(argv)
+    if not o.images and not o.tsne:
+        parser.error("give --images and --out, or --tsne")
+    if o.images and not o.out:
+        parser.error("--images needs --out, the CSV file to write")
+    if o.tsne and not o.images and not o.target:
+        parser.error("--tsne needs --target")
+    return o
+
+
+def good_images(folder: Path, skip_bad: bool) -> tuple[list[Path], set[bool]]:
+    """(files that are 28x28 images, sorted by name; whether they are gray). Raises UserError naming the others."""
+    good, bad, gray = [], [], set()
+    for path in list_images(folder):
+        try:
+            with Image.open(path) as image:
+                image.load()
+                if image.size != (SIZE, SIZE):
+                    raise ValueError("not a digit of the course")
+                gray.add(image.mode in ("1", "L", "LA", "I", "I;16", "F"))
+                good.append(path)
+        except UNREADABLE:
+            bad.append(path)
+    if bad:
+        what = f"{len(bad)} of {len(bad) + len(good)} files cannot be read or are not 28x28: {name_some(bad)}"
+        if not skip_bad or not good:
+            raise UserError(f"{what}; remove them, or leave them out with --skip-bad")
+        print(f"note: left out: {what}", file=sys.stderr)
+    return good, gray
+
+
+def find_target(folder: Path, gray: set[bool]) -> str:
+    """svhn or usps, from the path, else from the images. Raises UserError when neither tells."""
+    for part in reversed(folder.resolve().parts):
+        named = [t for t in TARGETS if t in part.lower()]
+        if len(named) == 1:
+            return named[0]
+    if len(gray) == 1:
+        return "usps" if gray.pop() else "svhn"
+    raise UserError(f"{folder}: holds gray and colour images, and its path names no domain; add --target svhn or usps")
+
+
+class Reader:
+    """A trained network with the view of images it was trained with."""
+
+    def __init__(self, weights: Path, device: torch.device):
+        self.network, self.card = load_network(weights, {"dann": Dann, "resnet34": small_image_resnet34})
+        self.network.to(device)
+        self.device, self.options = device, self.card["options"]
+
+    def see(self, images: Tensor) -> Iterator[Tensor]:
+        """Batches of uint8 (N, 3, 28, 28) as the network sees them, on its device."""
+        for batch in images.split(SLICE):
+            yield digit_input(batch.to(self.device), self.options["size"], self.options["standardise"])
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, 28, 28) -> (N, 10). Trained with intensity flips: the mean over an image and its negative."""
+        signs = (1, -1) if self.options["intensity"] else (1,)
+        batches = [torch.stack([self.network(s * x).softmax(1) for s in signs]).mean(0).cpu() for x in self.see(images)]
+        return torch.cat(batches)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, 28, 28) -> (N, 512)."""
+        extractor: nn.Module = self.network.extractor
+        return torch.cat([extractor(x).cpu() for x in self.see(images)])
+
+
+def write_labels(paths: list[Path], labels: list[int], out: Path) -> None:
+    make_folder(out.parent)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; give the name of a CSV file")
+    with atomic(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows(
+            [("image_name", "label"), *((p.name, label) for p, label in zip(paths, labels, strict=True))]
+        )
+
+
+def print_scores(names: list[str], guesses: list[int], truth: dict[str, int], path: Path) -> None:
+    """Accuracy, accuracy of each class and the confusion matrix."""
+    missing = [name for name in names if name not in truth]
+    if missing:
+        raise UserError(f"{path}: lacks {len(missing)} of the images, such as {missing[0]}; give the list that fits")
+    matrix = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
+    for name, guess in zip(names, guesses, strict=True):
+        matrix[truth[name], guess] += 1
+    print(f"accuracy {100 * matrix.trace() / matrix.sum():.3f} % of {matrix.sum()} images")
+    print("true \\ read" + "".join(f"{c:6d}" for c in range(CLASSES)) + "     right")
+    for c, row in enumerate(matrix):
+        right = 100 * row[c] / row.sum().clamp(min=1)
+        print(f"{c:11d}" + "".join(f"{n:6d}" for n in row.tolist()) + f"{right:8.1f} %")
+
+
+def domain_distance(source: Tensor, target: Tensor) -> float:
+    """Proxy A-distance 2 (1 - 2 error) of features (N, D), (M, D): 2 when a linear classifier tells every image's
+    domain, 0 when it guesses (Ben-David et al. 2007). The error is that on the half it was not trained on."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x = torch.cat([source, target]).numpy()
+    y = torch.cat([torch.zeros(len(source)), torch.ones(len(target))]).numpy()
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)).fit(x[::2], y[::2])
+    return 2 * (1 - 2 * (1 - classifier.score(x[1::2], y[1::2])))
+
+
+def draw_tsne(reader: Reader, target: str, data: Path, out: Path) -> None:
+    """Two plots of the features of validation images of both domains: by class, and by domain."""
+    from sklearn.manifold import TSNE
+
+    features, labels = [], []
+    for name in ("mnistm", target):
+        images, truth = load_digits(data / name, "val")[:TSNE_IMAGES], load_labels(data / name, "val")[:TSNE_IMAGES]
+        features.append(reader.features(images))
+        labels.append(truth)
+    x = torch.cat(features)
+    points = TSNE(init="pca", random_state=0, perplexity=min(30, len(x) // 4)).fit_transform(x.numpy())
+    domains = torch.tensor([0] * len(labels[0]) + [1] * len(labels[1]))
+    distance = domain_distance(*features)
+    make_folder(out)
+    title = f"MNIST-M to {target.upper()}, proxy A-distance {distance:.2f}"
+    digits = [str(c) for c in range(CLASSES)]
+    plot_points(points, torch.cat(labels).tolist(), digits, f"{title}, by digit", out / f"tsne_{target}_class.png")
+    names = ["MNIST-M", target.upper()]
+    plot_points(points, domains.tolist(), names, f"{title}, by domain", out / f"tsne_{target}_domain.png")
+    print(f"{out}: tsne_{target}_class.png, tsne_{target}_domain.png; proxy A-distance {distance:.3f}")
+
+
+def main() -> None:
+    o = parse_options(sys.argv[1:])
+    device = pick_device(o.device)
+    paths, gray = good_images(o.images, o.skip_bad) if o.images else ([], set())
+    target = o.target or find_target(o.images, gray)
+    truth = dict(read_labels(o.evaluate)) if o.evaluate else None
+    reader = Reader(o.weights or CHECKPOINTS / f"p3_{target}.safetensors", device)
+    if o.images:
+        guesses = reader.probabilities(decode_files(paths, SIZE)).argmax(1).tolist()
+        write_labels(paths, guesses, o.out)
+        print(f"{o.out}: {len(paths)} images of {target}")
+        if truth is not None:
+            print_scores([p.name for p in paths], guesses, truth, o.evaluate)
+    if o.tsne:
+        draw_tsne(reader, target, o.data, o.tsne)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,145 @@
+"""Problem 3, inference: labels for a folder, how the domain is found, scores, plots, wrong input."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import p3_test
+from common.checkpoint import save_weights
+from models.dann import Dann
+from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
+
+OPTIONS = {"size": 32, "standardise": True, "intensity": True}
+
+
+@pytest.fixture(autouse=True)
+def weights(tmp_path, monkeypatch):
+    """A network for each target in the place of the shipped ones: everything is a 3 in SVHN, a 5 in USPS."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for target, digit in (("svhn", 3), ("usps", 5)):
+        torch.manual_seed(0)
+        network = Dann(dim=2)
+        network.predictor.layer[4].bias.data[digit] = 100
+        card = {"model": "dann", "config": {"dim": 2}, "options": OPTIONS}
+        save_weights(folder / f"p3_{target}.safetensors", network.state_dict(), card)
+    monkeypatch.setattr(p3_test, "CHECKPOINTS", folder)
+    return folder
+
+
+def classify(images, out, *options: object):
+    return run(p3_test.main, "--images", images, "--out", out, "--device", "cpu", *options)
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(newline="") as f:
+        return list(csv.reader(f))
+
+
+@pytest.mark.parametrize(
+    ("folder", "channels", "label"),
+    [
+        ("SVHN/test", 3, "3"),
+        ("digits/usps/data", 1, "5"),
+        ("digits/usps/data", 3, "5"),  # the path goes before the images
+        ("usps/svhn", 3, "3"),  # and its last component before the others
+        ("neutral", 3, "3"),
+        ("neutral", 1, "5"),
+    ],
+)
+def test_labels_in_the_order_of_names(tmp_path, folder, channels, label):
+    write_pngs(tmp_path / folder, smooth_images(5, 28, channels))
+    out = tmp_path / "new" / "labels.csv"
+    assert classify(tmp_path / folder, out).code == 0
+    assert rows(out) == [["image_name", "label"], *([f"{i:05d}.png", label] for i in range(5))]
+    assert b"\r" not in out.read_bytes()
+
+
+def test_mixed_images_on_a_neutral_path(tmp_path):
+    folder = tmp_path / "neutral"
+    write_pngs(folder, smooth_images(3, 28))
+    Image.new("L", (28, 28)).save(folder / "gray.png")
+    out = tmp_path / "labels.csv"
+    assert_user_error(classify(folder, out), folder, "--target")
+    assert not out.exists()
+    assert classify(folder, out, "--target", "usps").code == 0
+    assert {label for _, label in rows(out)[1:]} == {"5"}
+
+
+def test_bad_and_foreign_images_are_named(tmp_path, capsys):
+    folder, out = tmp_path / "svhn", tmp_path / "labels.csv"
+    paths = write_pngs(folder, smooth_images(6, 28))
+    paths[1].write_bytes(paths[1].read_bytes()[:50])
+    Image.new("RGB", (64, 64)).save(paths[4])
+    assert_user_error(classify(folder, out), paths[1], paths[4], "2 of 6", "--skip-bad")
+    assert not out.exists()
+    assert classify(folder, out, "--skip-bad").code == 0
+    assert [name for name, _ in rows(out)[1:]] == [paths[i].name for i in (0, 2, 3, 5)]
+    assert str(paths[4]) in capsys.readouterr().err
+
+
+def test_a_label_depends_on_its_image_only(tmp_path, weights):
+    """Whatever else is in the folder, and in whatever batches."""
+    torch.manual_seed(1)
+    network = Dann(dim=2)
+    path = weights / "w.safetensors"
+    save_weights(path, network.state_dict(), {"model": "dann", "config": {"dim": 2}, "options": OPTIONS})
+    images = smooth_images(30, 28)
+    write_pngs(tmp_path / "svhn", images)
+    write_pngs(tmp_path / "some" / "svhn", images[:3])
+    for folder in ("svhn", "some/svhn"):
+        assert classify(tmp_path / folder, tmp_path / folder / "labels.csv", "--weights", path).code == 0
+    assert rows(tmp_path / "some/svhn/labels.csv") == rows(tmp_path / "svhn/labels.csv")[:4]
+
+
+def test_scores(tmp_path, capsys):
+    write_pngs(tmp_path / "svhn", smooth_images(4, 28))
+    truth = tmp_path / "truth.csv"
+    write_index(truth, [(f"{i:05d}.png", label) for i, label in enumerate((3, 3, 3, 8))])
+    assert classify(tmp_path / "svhn", tmp_path / "o.csv", "--evaluate", truth).code == 0
+    out = capsys.readouterr().out
+    assert "accuracy 75.000 % of 4 images" in out
+    lines = {line.split()[0]: line.split() for line in out.splitlines()}
+    assert lines["3"][1:] == ["0", "0", "0", "3", "0", "0", "0", "0", "0", "0", "100.0", "%"]
+    assert lines["8"][4] == "1"
+    write_index(truth, [("other.png", 1)])
+    assert_user_error(classify(tmp_path / "svhn", tmp_path / "o.csv", "--evaluate", truth), truth, "00000.png")
+
+
+def test_plots(tmp_path, capsys):
+    for name in ("mnistm", "usps"):
+        paths = write_pngs(tmp_path / name / "data", smooth_images(30, 28, 3 if name == "mnistm" else 1))
+        write_index(tmp_path / name / "val.csv", [(p.name, i % 10) for i, p in enumerate(paths)])
+    options = ("--tsne", tmp_path / "figures", "--target", "usps", "--data", tmp_path, "--device", "cpu")
+    assert run(p3_test.main, *options).code == 0
+    assert "proxy A-distance" in capsys.readouterr().out
+    for name in ("class", "domain"):
+        with Image.open(tmp_path / "figures" / f"tsne_usps_{name}.png") as image:
+            assert image.size[0] > 500
+
+
+def test_domain_distance():
+    random = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(600, 4, generator=random) for _ in range(2))
+    assert p3_test.domain_distance(x, y + 9) == pytest.approx(2)
+    assert abs(p3_test.domain_distance(x, y)) < 0.35
+
+
+def test_wrong_input(tmp_path, weights):
+    out = tmp_path / "labels.csv"
+    assert_user_error(classify(tmp_path / "none", out), tmp_path / "none", "no such folder")
+    (tmp_path / "empty").mkdir()
+    assert_user_error(classify(tmp_path / "empty", out), tmp_path / "empty", "holds no images")
+    write_pngs(tmp_path / "svhn", smooth_images(2, 28))
+    assert_user_error(classify(tmp_path / "svhn", tmp_path / "empty"), tmp_path / "empty", "is a folder")
+    assert_user_error(classify(tmp_path / "svhn", weights / "SHA256SUMS" / "o.csv"), "SHA256SUMS")
+    if Path("/proc/self").is_dir():
+        assert_user_error(classify(tmp_path / "svhn", "/proc/self/o.csv"), "/proc/self/")
+    path = weights / "p3_svhn.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_user_error(classify(tmp_path / "svhn", out), path, "damaged")
+    assert_user_error(classify(tmp_path / "svhn", out, "--weights", tmp_path / "w"), tmp_path / "w")
+    assert not out.exists()
