@@ -28,7 +28,7 @@ from common.device import autocast, bfloat16_pays, noise, pick_device, step_gene
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import UserError, run_main
 from common.pictures import sheet
-from common.run import add_common_options, parse_with_resume, positive_int
+from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
 from common.trainer import LOG_STEPS, Part, Trainer
 from datasets.augment import POLICIES, diff_augment, normalise, random_flip
 from datasets.faces import HELD_OUT, load_faces
@@ -67,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, help="* learning rates fall to 0 over the second half")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of both networks; the report has 64")
-    parser.add_argument("--sample-every", type=positive_int, default=1000, help="steps between sample sheets")
-    parser.add_argument("--eval-every", type=positive_int, default=5000, help="steps between evaluations")
-    parser.add_argument("--eval-images", type=int, default=1000, help="samples per evaluation; 0 for no evaluation")
+    add_sample_options(parser)
     add_common_options(parser)
     return parser
 

@@ -23,7 +23,7 @@ from common.device import autocast, bfloat16_pays, pick_device, step_generator
 from common.ema import EMA
 from common.errors import UserError, run_main
 from common.pictures import sheet
-from common.run import add_common_options, parse_with_resume, positive_int
+from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
 from common.trainer import Part, Trainer
 from datasets.augment import normalise
 from datasets.digits import CLASSES, load_digits, load_labels
@@ -61,9 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--anneal", action=boolean, help="* the learning rate falls to 0 over the second half")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the network; the report has 64")
-    parser.add_argument("--sample-every", type=positive_int, default=1000, help="steps between sample sheets")
-    parser.add_argument("--eval-every", type=positive_int, default=5000, help="steps between evaluations")
-    parser.add_argument("--eval-images", type=int, default=1000, help="samples per evaluation; 0 for no evaluation")
+    add_sample_options(parser)
     add_common_options(parser)
     return parser
 

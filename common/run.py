@@ -48,6 +48,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the scripts that train a generator."""
+    parser.add_argument("--sample-every", type=positive_int, default=1000, help="steps between sample sheets")
+    parser.add_argument("--eval-every", type=positive_int, default=5000, help="steps between evaluations")
+    parser.add_argument("--eval-images", type=int, default=1000, help="samples per evaluation; 0 for no evaluation")
+
+
 def parse_with_resume(
     parser: argparse.ArgumentParser,
     argv: list[str],

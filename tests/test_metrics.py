@@ -86,7 +86,7 @@ def test_missing_inception_weights_are_one_clear_line(no_inception):
 
 def test_reference_features_are_kept_until_the_images_change(tmp_path):
     inception = object.__new__(Inception)  # without the weights: only the cache is looked at
-    inception.dims, calls = 3, []
+    inception.sizes, calls = (1, 2), []
 
     def features(images, what):
         calls.append(what)
@@ -101,6 +101,16 @@ def test_reference_features_are_kept_until_the_images_change(tmp_path):
     changed[4, 0, 0, 0] += 1
     assert not torch.equal(inception.reference(changed, tmp_path / "f.safetensors"), first)
     assert len(calls) == 2
+
+
+def test_distances_of_several_sizes_are_taken_apart():
+    inception = object.__new__(Inception)
+    inception.sizes = (2, 3)
+    x, y = gaussian(20, 5, 0), gaussian(30, 5, 1)
+    distances = inception.distances(x, y)
+    assert list(distances) == ["FD-2", "FD-3"]
+    assert distances["FD-2"] == pytest.approx(frechet_distance(x[:, :2], y[:, :2]))
+    assert distances["FD-3"] == pytest.approx(frechet_distance(x[:, 2:], y[:, 2:]))
 
 
 def test_no_face_in_gradients():

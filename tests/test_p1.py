@@ -57,7 +57,8 @@ def test_one_step_moves_everything_the_right_way(model):
     assert losses.isfinite().all()
     for name in ("generator", "discriminator"):
         for old, new in zip(before[name], nets.parts[name].parameters(), strict=True):
-            assert not torch.equal(old, new)
+            # inside the hinge's margin, what real and generated images do to the last bias cancels
+            assert old.numel() == 1 or not torch.equal(old, new)
             assert new.requires_grad
 
     fixed = torch.randn(64, 100)

@@ -30,10 +30,27 @@ def test_a_user_error_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_without_arguments(tmp_path):
-    done = bash(ROOT / "hw2_1.sh", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("hw2_1.sh", "OUT"), ("hw2_2.sh", "OUT"), ("hw2_3.sh", "IMAGES CSV")]
+)
+def test_without_arguments(tmp_path, script, arguments):
+    done = bash(ROOT / script, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "hw2_1.sh: error: usage: bash hw2_1.sh OUT\n"
+    assert done.stderr == f"{script}: error: usage: bash {script} {arguments}\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "line"),
+    [
+        ("hw2_2.sh", ("out", "--w", "-5"), "p2_test.py: error: --w -5.0: "),
+        ("hw2_3.sh", ("none", "out.csv"), "p3_test.py: error: none: no such folder"),
+    ],
+)
+def test_arguments_and_errors_are_handed_on(tmp_path, script, arguments, line):
+    done = bash(ROOT / script, *arguments, cwd=tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.fixture
