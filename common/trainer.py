@@ -161,6 +161,7 @@ class Trainer:
                     self.checkpoint(bar, evaluate=False)
                 elif self.step % LOG_STEPS == 0:
                     self.log(bar, {})
+                done = self.budget.progress(self.step) >= 1  # the checkpoint may have taken what was left
                 if done or time.monotonic() - self.last_save > o.save_every * 60:
                     self.save()
             if stop.set:

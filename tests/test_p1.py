@@ -158,6 +158,18 @@ def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_incep
     assert_user_error(run(p1_train.main, "--resume", tmp_path), tmp_path / "options.json")
 
 
+def test_a_budget_used_up_by_an_evaluation_still_ends_with_a_save(faces, tmp_path, monkeypatch):
+    def evaluate(self):
+        self.budget.started -= 3600
+        return {"fd": 1.0}
+
+    monkeypatch.setattr(p1_train.FaceTrainer, "evaluate", evaluate)
+    assert train(faces, tmp_path, "--max-minutes", 50, "--eval-every", 2, "--eval-images", 0).code == 0
+    folder = tmp_path / "p1_sngan_000"
+    assert load_state(folder / "state.pt", CPU)["step"] == 2
+    assert load_weights(folder / "last.safetensors")[1]["steps"] == 2
+
+
 def test_the_discriminators_victory_is_announced(faces, tmp_path, monkeypatch, capsys):
     def update(self):
         return torch.tensor([0.001, 9.0, 1.0, 0.0])
