@@ -150,7 +150,7 @@ class Judge:
         from metrics.classify import load_classifier
         from metrics.frechet import Inception
 
-        self.classifier, self.device = load_classifier(classifier).to(device), device
+        self.classifier = load_classifier(classifier).to(device)
         self.train, train_labels = load_digits(root, "train"), load_labels(root, "train")
         val, val_labels = load_digits(root, "val"), load_labels(root, "val")
         self.real, self.real_labels = first_of_each(val, val_labels, 200)
