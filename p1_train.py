@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.device import autocast, bfloat16_pays, noise, pick_device, step_generator
+from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import UserError, run_main
 from common.pictures import sheet
@@ -192,9 +192,7 @@ class FaceTrainer(Trainer):
     panels = (("loss_d", "loss_g"), ("d_real", "d_fake"), ("fd",), ("faces",))
 
     def __init__(self, o: argparse.Namespace):
-        device = pick_device(o.device)
-        if o.bf16 is None:
-            o.bf16 = bfloat16_pays(device)
+        device, o.bf16 = device_and_format(o.device, o.bf16)
         images, held_out = hold_out(load_faces(o.data, "train"), HELD_OUT)
         if len(images) < 2 or len(held_out) < 2:
             raise UserError(f"{o.data}: {len(images) + len(held_out)} training images; at least 20 are needed")

@@ -12,6 +12,7 @@ files.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.checkpoint import load_network
-from common.device import autocast, bfloat16_pays, pick_device, step_generator
+from common.device import autocast, device_and_format, step_generator
 from common.errors import UserError, run_main
 from common.files import make_folder
 from common.pictures import plot_strip, save_images, save_png, sheet, to_uint8
@@ -42,7 +43,18 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each (default: 100)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="default: dpm++, DPM-Solver++(2M)")
     parser.add_argument("--steps", type=positive_int, help="network steps (default: 15; ddpm always takes all 600)")
+    parser.add_argument(
+        "--power", type=float, default=1.0, help="spacing, T (1 - i/steps)^power; 1 is even (default: 1)"
+    )
     parser.add_argument("--w", type=float, default=2.0, help="guidance: (1 + w) eps_y - w eps (default: 2; 0 is none)")
+    parser.add_argument(
+        "--guide",
+        type=int,
+        nargs=2,
+        default=(1, 600),
+        metavar="T",
+        help="lowest, highest t with guidance (default: all)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
     parser.add_argument("--trajectory", type=Path, metavar="FILE", help="draw the reverse process of the first image")
@@ -62,6 +74,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     o.steps = T if o.sampler == "ddpm" else o.steps or 15
     if o.steps > T:
         raise UserError(f"--steps {o.steps}: the process has T = {T}; give at most so many")
+    if not 1 <= o.power <= 10:
+        raise UserError(f"--power {o.power}: from 1 (even steps) to 10; 1 to 2 make sense")
     if o.neighbours and not o.evaluate:
         raise UserError("--neighbours: needs the training digits; add --evaluate hw2_data/digits/mnistm")
     return o
@@ -70,12 +84,15 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 def solve(
     predict: Predict,
     sampler: str,
-    steps: int,
+    steps: list[int],
     generators: list[torch.Generator],
     device: torch.device,
     watch: Watch | None = None,
 ) -> Tensor:
-    """x_0 (N, 3, 28, 28), one for each of the CPU ``generators``, from which x_T and all later noise is drawn."""
+    """x_0 (N, 3, 28, 28), one for each of the CPU ``generators``, from which x_T and all later noise is drawn.
+
+    ``steps`` as from ``timesteps``; ancestral sampling takes all T whatever they are.
+    """
     process = Process()
 
     def draw(_t: int) -> Tensor:
@@ -84,7 +101,7 @@ def solve(
     if sampler == "ddpm":
         return ddpm(predict, draw(process.T), process, draw, watch)
     solver = {"ddim": ddim, "dpm++": dpm_solver_pp}[sampler]
-    return solver(predict, draw(process.T), process, timesteps(process, steps), watch)
+    return solver(predict, draw(process.T), process, steps, watch)
 
 
 def image_generators(seed: int, digit: int, numbers: range) -> list[torch.Generator]:
@@ -98,19 +115,20 @@ def generate(
 ) -> Tensor:
     """Images 1 ... ``per_digit`` of each digit, uint8 (len(digits) * per_digit, 3, 28, 28) on the CPU, by digit.
 
-    ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, w, seed and bf16. Every forward pass has
-    exactly SLICE images of one digit.
+    ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, w, guide, seed and bf16. Every
+    forward pass has exactly SLICE images of one digit.
     """
     images = []
     starts = range(1, per_digit + 1, SLICE)
+    steps = timesteps(Process(), o.steps, o.power)
     with tqdm(total=len(digits) * per_digit, desc="generating", unit="img", leave=False, disable=not bar) as progress:
         for digit in digits:
-            predict = guided(network, torch.full((SLICE,), digit, device=device), o.w)
+            predict = guided(network, torch.full((SLICE,), digit, device=device), o.w, o.guide)
             parts = []
             for start in starts:
                 generators = image_generators(o.seed, digit, range(start, start + SLICE))
                 with autocast(device, o.bf16):
-                    parts.append(to_uint8(solve(predict, o.sampler, o.steps, generators, device)))
+                    parts.append(to_uint8(solve(predict, o.sampler, steps, generators, device)))
                 progress.update(min(SLICE, per_digit - start + 1))
             images.append(torch.cat(parts)[:per_digit])
     return torch.cat(images)
@@ -132,7 +150,7 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
             bar.update()
             return predict(x, t)
 
-        solve(counted, "ddpm", process.T, image_generators(o.seed, digit, range(1, 2)), device, watch)
+        solve(counted, "ddpm", [], image_generators(o.seed, digit, range(1, 2)), device, watch)
     plot_strip([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path)
 
 
@@ -204,15 +222,16 @@ def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, T
 
 def main() -> None:
     o = parse_options(sys.argv[1:])
-    device = pick_device(o.device)
-    o.bf16 = bfloat16_pays(device) if o.bf16 is None else o.bf16
+    device, o.bf16 = device_and_format(o.device, o.bf16)
     network, _ = load_network(o.weights, {"unet": UNet_conditional})
     network = network.to(device, memory_format=torch.channels_last)
     digits = [int(d) for d in o.digits]
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)
     judge = Judge(o.evaluate, o.classifier, device) if o.evaluate else None
 
+    start = time.monotonic()
     images = generate(network, digits, o.per_digit, o, device)
+    seconds = time.monotonic() - start
     names = [f"{digit}_{number:03d}.png" for digit in digits for number in range(1, o.per_digit + 1)]
     save_images(images, names, o.out)
     if o.grid:
@@ -222,7 +241,7 @@ def main() -> None:
     if o.trajectory:
         make_folder(o.trajectory.parent)
         draw_trajectory(network, digits[0], o, device, o.trajectory)
-    print(f"{o.out}: {len(images)} images")
+    print(f"{o.out}: {len(images)} images in {seconds:.0f} s")
     if judge:
         judge([o.out / name for name in names], labels, o.neighbours)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.device import autocast, bfloat16_pays, pick_device, step_generator
+from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
 from common.errors import UserError, run_main
 from common.pictures import sheet
@@ -39,9 +39,8 @@ RECIPES = {
     "report": {"batch_size": 64, "steps": 140_000, "ema": 0.995, "gamma": 0.0, "drop_per": "batch", "anneal": False},
 }
 HELD_OUT = 2000  # training digits kept for choosing a checkpoint
-EVAL = argparse.Namespace(
-    sampler="dpm++", steps=10, w=2.0, seed=-2
-)  # samples during training, apart from reported ones
+# Samples during training; their seed is none that generated digits are reported for.
+EVAL = argparse.Namespace(sampler="dpm++", steps=10, power=1.0, w=2.0, guide=(1, 600), seed=-2)
 COLOURS = ("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
 
 
@@ -112,9 +111,7 @@ class DiffusionTrainer(Trainer):
     panels = (("loss",), ("accuracy",), ("fd",), COLOURS[:3], COLOURS[3:])
 
     def __init__(self, o: argparse.Namespace):
-        device = pick_device(o.device)
-        if o.bf16 is None:
-            o.bf16 = bfloat16_pays(device)
+        device, o.bf16 = device_and_format(o.device, o.bf16)
         images, held_out = hold_out(load_digits(o.data, "train"), HELD_OUT)
         labels, _ = hold_out(load_labels(o.data, "train"), HELD_OUT)
         if len(images) < 2 or len(held_out) < 2:

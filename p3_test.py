@@ -98,7 +98,8 @@ class Reader:
     def see(self, images: Tensor) -> Iterator[Tensor]:
         """Batches of uint8 (N, 3, 28, 28) as the network sees them, on its device."""
         for batch in images.split(SLICE):
-            yield digit_input(batch.to(self.device), self.options["size"], self.options["standardise"])
+            o = self.options
+            yield digit_input(batch.to(self.device), o["size"], o["standardise"], o["gray"])
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

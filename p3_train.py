@@ -20,15 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.device import autocast, bfloat16_pays, pick_device, step_generator
+from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import run_main
 from common.run import add_common_options, parse_with_resume, positive_int
 from common.trainer import Trainer
-from datasets.augment import digit_input, geometry, intensity
+from datasets.augment import digit_input, geometry, intensity, neighbours, soften
 from datasets.digits import CLASSES, load_digits, load_labels
 from datasets.images import describe, hold_out
-from models.dann import Dann, DomainClassifier, adaptation_factor, reverse_gradient, small_image_resnet34
+from models.dann import (
+    Dann,
+    DomainClassifier,
+    adaptation_factor,
+    conditional_entropy,
+    reverse_gradient,
+    small_image_resnet34,
+    virtual_mixup_loss,
+)
 
 SOURCE = "mnistm"
 HELD_OUT = 2000  # source images (or target images, for the upper bound) kept for choosing a checkpoint
@@ -39,8 +47,9 @@ RECIPES = {
     "target": {"steps": 1000, "lr": 1e-3, "weight_decay": 5e-2, "size": 28, "ema": 0.99},
     "dann": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.99, "adversary": 1.0},
     "dann-st": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.995, "adversary": 0.3}
-    | {"intensity": True, "geometry": True, "separate": True, "self_training": 1.0},
+    | {"intensity": True, "geometry": True, "separate": True, "self_training": 1.0, "soften": True},
 }
+FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}  # and these for dann-st
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,8 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--standardise", action=boolean, default=True, help="mean 0, deviation 1 for each image")
     parser.add_argument("--intensity", action=boolean, default=False, help="* flip, scale and shift intensities")
     parser.add_argument("--geometry", action=boolean, default=False, help="* turn, scale and shift images")
+    parser.add_argument("--soften", action=boolean, default=False, help="* blur images, add noise")
+    parser.add_argument("--neighbours", action=boolean, default=False, help="* source digits get neighbours (svhn)")
+    parser.add_argument("--gray", action=boolean, default=False, help="* see all images in gray (usps)")
     parser.add_argument("--separate", action=boolean, default=False, help="* batch statistics for each domain")
     parser.add_argument("--adversary", type=float, default=0.0, help="* weight of the reversed gradient")
+    parser.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy of target predictions")
+    parser.add_argument("--mixup", type=float, default=0.0, help="weight of virtual mixup of target images")
     parser.add_argument("--self-training", type=float, default=0.0, help="* weight of the teacher's labels")
     parser.add_argument("--threshold", type=float, default=0.9, help="teacher's confidence, relative to source images")
     parser.add_argument("--align", action=boolean, default=True, help="pull the teacher's classes to equal shares")
@@ -71,7 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    return parse_with_resume(build_parser(), argv, lambda o: RECIPES[o.method])
+    return parse_with_resume(build_parser(), argv, recipe)
+
+
+def recipe(o: argparse.Namespace) -> dict[str, object]:
+    return RECIPES[o.method] | (FOR_TARGET[o.target] if o.method == "dann-st" else {})
 
 
 class DigitTrainer(Trainer):
@@ -90,12 +108,16 @@ class DigitTrainer(Trainer):
         return self.ema.module
 
     def see(self, images: Tensor) -> Tensor:
-        return digit_input(images, self.o.size, self.o.standardise)
+        return digit_input(images, self.o.size, self.o.standardise, self.o.gray)
 
-    def augmented(self, images: Tensor, random: torch.Generator) -> Tensor:
+    def augmented(self, images: Tensor, random: torch.Generator, with_neighbours: bool = False) -> Tensor:
         x = self.see(images)
         if self.o.geometry:
             x = geometry(x, random)
+        if with_neighbours:
+            x = neighbours(x, random)
+        if self.o.soften:
+            x = soften(x, random)
         return intensity(x, random) if self.o.intensity else x
 
     def draw(self, count: int, random: torch.Generator) -> Tensor:
@@ -157,11 +179,20 @@ class SupervisedTrainer(DigitTrainer):
 class AdaptationTrainer(DigitTrainer):
     """DANN, and self-training on top of it. Of the target it is given images, and nothing else."""
 
-    losses = ("loss_class", "loss_domain", "loss_self", "domain_source", "domain_target", "kept")
+    losses = (
+        "loss_class",
+        "loss_domain",
+        "loss_self",
+        "entropy",
+        "loss_mixup",
+        "domain_source",
+        "domain_target",
+        "kept",
+    )
     scores = ("validator", "source", *(f"share_{c}" for c in range(CLASSES)))
     selects = "validator"
     panels = (
-        ("loss_class", "loss_domain", "loss_self"),
+        ("loss_class", "loss_domain", "loss_self", "entropy", "loss_mixup"),
         ("domain_source", "domain_target", "kept"),
         ("validator",),
         ("source",),
@@ -192,24 +223,27 @@ class AdaptationTrainer(DigitTrainer):
         source, labels = self.images[rows], self.labels[rows]
         target = self.target_images[self.draw(len(self.target_images), random)]
         progress = self.budget.progress(self.step)
+        factor = adaptation_factor(progress)
         self.network.train()
+        x_s, x_t = self.augmented(source, random, o.neighbours), self.augmented(target, random)
         with autocast(device, o.bf16):
-            h_s, h_t = self.features(self.augmented(source, random), self.augmented(target, random))
+            h_s, h_t = self.features(x_s, x_t)
             logits_s, logits_t = self.network.predictor(h_s).float(), self.network.predictor(h_t).float()
-            reversed_h = reverse_gradient(torch.cat([h_s, h_t]), o.adversary * adaptation_factor(progress))
-            domain = self.domain(reversed_h).float()  # logits of being a source image
+            domain = self.domain(reverse_gradient(torch.cat([h_s, h_t]), o.adversary * factor)).float()
+            loss_mixup = virtual_mixup_loss(self.network, x_t, logits_t, random) if o.mixup else domain.new_zeros(())
         is_source = torch.cat([domain.new_ones(len(h_s)), domain.new_zeros(len(h_t))])
         loss_domain = F.binary_cross_entropy_with_logits(domain, is_source)
-        loss_class = F.cross_entropy(logits_s, labels)
-        loss_self, kept = loss_class.new_zeros(()), loss_class.new_zeros(())
+        loss_class, entropy = F.cross_entropy(logits_s, labels), conditional_entropy(logits_t)
+        loss_self, kept = domain.new_zeros(()), domain.new_zeros(())
         if o.self_training and progress >= RAMP:
             guess, sure = self.teach(source, target)
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()
-        self.descend(loss_class + loss_domain + o.self_training * loss_self)
-        correct = ((domain > 0) == (is_source > 0)).float().detach()
-        d_s, d_t = correct[: len(h_s)].mean(), correct[len(h_s) :].mean()
-        return torch.stack([loss_class, loss_domain, loss_self, d_s, d_t, kept]).detach()
+        unlabelled = o.self_training * loss_self + factor * (o.entropy * entropy + o.mixup * loss_mixup)
+        self.descend(loss_class + loss_domain + unlabelled)
+        correct = ((domain > 0) == (is_source > 0)).float()
+        domain_s, domain_t = correct[: len(h_s)].mean(), correct[len(h_s) :].mean()
+        return torch.stack([loss_class, loss_domain, loss_self, entropy, loss_mixup, domain_s, domain_t, kept]).detach()
 
     @torch.no_grad()
     def teach(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,8 +294,7 @@ def mutual_information(p: Tensor) -> float:
 
 
 def make_trainer(o: argparse.Namespace) -> DigitTrainer:
-    device = pick_device(o.device)
-    o.bf16 = bfloat16_pays(device) if o.bf16 is None else o.bf16
+    device, o.bf16 = device_and_format(o.device, o.bf16)
     if o.method == "target":
         return SupervisedTrainer(o, *load(o.data / o.target), device)
     if o.method == "source":

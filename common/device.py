@@ -31,6 +31,12 @@ def bfloat16_pays(device: torch.device) -> bool:
         return False
 
 
+def device_and_format(device: str, bf16: bool | None) -> tuple[torch.device, bool]:
+    """The device that --device names, and whether to compute in bfloat16: what --bf16 says, else if it pays."""
+    picked = pick_device(device)
+    return picked, bfloat16_pays(picked) if bf16 is None else bf16
+
+
 def autocast(device: torch.device, enabled: bool):
     """bfloat16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()

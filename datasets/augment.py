@@ -63,9 +63,14 @@ def standardise(x: Tensor) -> Tensor:
     return (x - mean) / std.clamp(min=0.02)
 
 
-def digit_input(images: Tensor, size: int, standardised: bool) -> Tensor:
-    """uint8 digits (N, 3, 28, 28) -> what the classifiers of problem 3 see: float (N, 3, size, size)."""
+def digit_input(images: Tensor, size: int, standardised: bool, gray: bool = False) -> Tensor:
+    """uint8 digits (N, 3, 28, 28) -> what the classifiers of problem 3 see: float (N, 3, size, size).
+
+    ``gray`` puts the mean of red, green and blue in the place of each.
+    """
     x = normalise(images)
+    if gray:
+        x = x.mean(1, keepdim=True).expand_as(x)
     if x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
     return standardise(x) if standardised else x
@@ -89,6 +94,34 @@ def geometry(x: Tensor, generator: Generator, turn: float = 0.2, zoom: float = 0
     rows = [angle.cos() * sx, -angle.sin() * sy, draw(shift), angle.sin() * sx, angle.cos() * sy, draw(shift)]
     grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def neighbours(x: Tensor, generator: Generator, reach: float = 0.3) -> Tensor:
+    """Let other digits of the batch into each image (N, C, H, W), as in crops from house numbers.
+
+    On either side, with probability one half, up to ``reach`` of the width shows the near part of another image.
+    """
+    n, _, _, w = x.shape
+    columns = torch.arange(w, device=x.device).view(1, 1, 1, w)
+    result = x
+    for flipped in (False, True):
+        width = (_uniform(x, generator) * 2 - 1).clamp(min=0) * reach * w
+        other = x[torch.randperm(n, generator=generator, device=x.device)]
+        margin = 0.15 * w  # a digit starts about there
+        position = (columns - (w - width) + margin).long().clamp(0, w - 1)  # column of ``other`` seen at the right
+        if flipped:
+            position, inside = w - 1 - position.flip(3), columns < width
+        else:
+            inside = columns >= w - width
+        result = torch.where(inside, other.gather(3, position.expand_as(x)), result)
+    return result
+
+
+def soften(x: Tensor, generator: Generator, noise: float = 0.1) -> Tensor:
+    """Blur each image by a random share of its 3x3 mean, then add Gaussian noise of deviation 0 ... ``noise``."""
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    x = torch.lerp(x, blurred, _uniform(x, generator))
+    return x + torch.randn(x.shape, generator=generator, device=x.device) * _uniform(x, generator) * noise
 
 
 POLICIES = {"color": colour, "translation": translation, "cutout": cutout}

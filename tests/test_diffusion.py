@@ -102,13 +102,15 @@ def test_min_snr_weights():
 
 def test_timesteps_go_from_T_to_0():
     assert timesteps(PROCESS, 5) == [600, 480, 360, 240, 120, 0]
-    for steps in (1, 7, 15, 599, 600):
-        t = timesteps(PROCESS, steps)
-        assert (t[0], t[-1], len(t)) == (600, 0, steps + 1)
-        assert all(a > b for a, b in pairwise(t))
-    for steps in (0, 601):
-        with pytest.raises(ValueError, match=str(steps)):
-            timesteps(PROCESS, steps)
+    assert timesteps(PROCESS, 4, power=2) == [600, 338, 150, 38, 0]
+    for steps in (1, 7, 15, 50, 599, 600):
+        for power in (1, 1.3, 2, 5):
+            t = timesteps(PROCESS, steps, power)
+            assert (t[0], t[-1], len(t)) == (600, 0, steps + 1)
+            assert all(a > b for a, b in pairwise(t))
+    for wrong in ((0,), (601,), (5, 0.9), (5, math.inf), (5, math.nan)):
+        with pytest.raises(ValueError, match=f"{wrong[0]} steps"):
+            timesteps(PROCESS, *wrong)
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver_pp, 2)])

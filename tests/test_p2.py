@@ -30,7 +30,7 @@ def train(digits, out, *options: object):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """Sheets and scores of training from one network step and 10 images a pass."""
-    monkeypatch.setattr(p2_train, "EVAL", argparse.Namespace(sampler="dpm++", steps=1, w=0.0, seed=-2))
+    monkeypatch.setattr(p2_train, "EVAL", argparse.Namespace(**vars(p2_train.EVAL) | {"steps": 1, "w": 0.0}))
     monkeypatch.setattr(p2_test, "SLICE", 10)
 
 
@@ -273,6 +273,8 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
         (("--w", -2), "--w -2.0"),
         (("--w", "nan"), "--w nan"),
         (("--steps", 601), "--steps 601"),
+        (("--power", 0.5), "--power 0.5"),
+        (("--power", "nan"), "--power nan"),
         (("--sampler", "ddpm"), "--steps 2"),
         (("--digits", "3a"), "--digits 3a"),
         (("--digits", "33"), "--digits 33"),

@@ -9,7 +9,7 @@ import torch
 
 import p3_train
 from common.checkpoint import load_state, load_weights
-from datasets.augment import digit_input, geometry, intensity
+from datasets.augment import digit_input, geometry, intensity, neighbours, soften
 from models.dann import Dann, small_image_resnet34
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
@@ -77,6 +77,7 @@ def test_the_upper_bound_needs_labels(unlabelled, tmp_path):
 
 def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
     options = ("--method", "dann-st", "--steps", 6, "--eval-every", 3, "--threshold", 0.1)
+    options += ("--entropy", 0.1, "--mixup", 0.1)
     assert train(domains, tmp_path / "a", *options).code == 0
     update = p3_train.AdaptationTrainer.update
 
@@ -112,6 +113,9 @@ def test_standardised_input():
     assert torch.allclose(x.std((1, 2, 3)), torch.ones(5), atol=1e-5)
     assert digit_input(torch.full((1, 3, 28, 28), 9, dtype=torch.uint8), 28, True).abs().max() < 1e-5
     assert torch.equal(digit_input(images, 28, standardised=False), images.float() / 127.5 - 1)
+    gray = digit_input(images, 28, standardised=False, gray=True)
+    assert torch.equal(gray[:, 0], gray[:, 2])
+    assert torch.allclose(gray[:, 0], images.float().mean(1) / 127.5 - 1, atol=1e-6)
 
 
 def test_digit_augmentations_are_small_and_reproducible():
@@ -126,6 +130,23 @@ def test_digit_augmentations_are_small_and_reproducible():
     centre = (moved * rows).sum((1, 2, 3)) / moved.sum((1, 2, 3))
     assert (centre - 15.5).abs().max() < 3
     assert (centre - 15.5).abs().max() > 1
+
+    stripes = torch.arange(32.0).expand(300, 1, 8, 32) + 100 * torch.arange(300.0).view(300, 1, 1, 1)
+    crowded = neighbours(stripes, random())
+    own = (crowded - stripes == 0).float()
+    assert own[..., 10:22].min() == 1  # the digit in the middle stays
+    assert 0.4 < own[:, 0, 0, 0].mean() < 0.6
+    assert 0.4 < own[:, 0, 0, 31].mean() < 0.6
+    foreign = crowded[:, 0, 0, 31][own[:, 0, 0, 31] == 0] % 100
+    assert foreign.min() >= 4  # from the other image's near, left part
+    assert foreign.max() <= 14
+
+    soft = soften(x, random(), noise=0)
+    assert torch.allclose(soft.sum((1, 2, 3)), x.sum((1, 2, 3)), atol=1e-4)
+    assert soft[:, 0, 14, 14].max() > 0.9
+    assert soft[:, 0, 14, 14].min() == pytest.approx(4 / 9, abs=0.05)
+    assert soften(torch.zeros(300, 1, 8, 8), random(), noise=0.1).std((1, 2, 3)).max() == pytest.approx(0.1, abs=0.02)
+
     y = intensity(x, random())
     slope = y[:, 0, 15, 15] - y[:, 0, 0, 0]
     assert 0.4 < (slope > 0).float().mean() < 0.6

@@ -12,7 +12,7 @@ from common.checkpoint import save_weights
 from models.dann import Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
-OPTIONS = {"size": 32, "standardise": True, "intensity": True}
+OPTIONS = {"size": 32, "standardise": True, "intensity": True, "gray": False}
 
 
 @pytest.fixture(autouse=True)
