@@ -1,0 +1,273 @@
+"""The public data sets as their authors publish them: downloads, archives and file formats. Used by datasets.prepare.
+
+| set | files | by |
+|---|---|---|
+| MNIST | {train,t10k}-{images-idx3,labels-idx1}-ubyte, also .gz | LeCun, Cortes, Burges 1998 |
+| BSDS500 | BSR_bsds500.tgz | Arbelaez, Maire, Fowlkes, Malik, PAMI 2011 |
+| SVHN | {train,test}_32x32.mat | Netzer et al., NIPS workshop 2011 |
+| USPS | usps.bz2, usps.t.bz2 (LIBSVM's copy) | Hull, PAMI 1994 |
+| CelebA | img_align_celeba(.zip), list_eval_partition.txt, identity_CelebA.txt | Liu et al., ICCV 2015 |
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.errors import UserError
+from datasets.images import UNREADABLE
+
+FIRST_OF_VAL, FIRST_OF_TEST = 162_771, 182_638  # file numbers at which CelebA's official partition changes
+BSDS_URL = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
+DAMAGED = (*UNREADABLE, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, NotImplementedError)
+
+
+class Source:
+    """The files of a folder (and its subfolders), a zip or a tar archive, by their names without folders.
+
+    Raises UserError when ``path`` is missing or damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.is_dir():
+            self.files = {p.name: p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+            self.read_file: Callable = Path.read_bytes
+        elif zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            self.files = {Path(m.filename).name: m for m in archive.infolist() if not m.is_dir()}
+            self.read_file = archive.read
+        elif path.is_file():
+            try:  # a compressed tar archive cannot be read out of order: keep it all
+                with tarfile.open(path) as archive:
+                    self.files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
+            except DAMAGED as error:
+                raise UserError(f"{path}: not a whole zip or tar archive ({first_line(error)}); download it again") from None
+            self.read_file = bytes
+        else:
+            raise UserError(f"{path}: no such file or folder; give a local copy of the data set, or leave it out")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def names(self, *suffixes: str) -> list[str]:
+        """Names that end in one of ``suffixes``, sorted."""
+        return sorted(n for n in self.files if n.lower().endswith(suffixes) and not n.startswith("."))
+
+    def find(self, *names: str) -> str:
+        """The first of ``names`` that is there. Raises UserError when none is."""
+        for name in names:
+            if name in self.files:
+                return name
+        raise UserError(f"{self.path}: lacks {' or '.join(names)}; give the folder or archive that holds it")
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self.read_file(self.files[name])
+        except DAMAGED as error:
+            raise self.damaged(name, error) from None
+
+    def parse(self, name: str, parser: Callable):
+        """``parser(content)`` of a file. Raises UserError when that fails, or the file is damaged."""
+        try:
+            return parser(self.read(name))
+        except DAMAGED as error:
+            raise self.damaged(name, error) from None
+
+    def damaged(self, name: str, error: Exception) -> UserError:
+        place = self.path if self.path.name == name else f"{self.path}: {name}"
+        return UserError(
+            f"{place}: cannot be read ({str(error).splitlines()[0] if str(error) else 'damaged'}); download it again"
+        )
+
+    def key(self) -> str:
+        """Tells one version of the files from another, by their names and sizes."""
+        digest = hashlib.sha256()
+        for name, file in sorted(self.files.items()):
+            size = (
+                len(file) if isinstance(file, bytes) else getattr(file, "file_size", None) or Path(file).stat().st_size
+            )
+            digest.update(f"{name}\0{size}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def download(name: str, folder: Path, bsds_sha256: str = "") -> Path:
+    """Fetch a data set into ``folder``, with progress; files that are there and whole are not fetched again.
+
+    torchvision compares MD5 sums where it knows them. Raises UserError without a network.
+    """
+    import torch.hub
+    from torchvision import datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if name == "mnist":
+            datasets.MNIST(folder, download=True)
+        elif name == "svhn":
+            for split in ("train", "test"):
+                datasets.SVHN(folder, split, download=True)
+        elif name == "usps":
+            for train in (True, False):
+                datasets.USPS(folder, train, download=True)
+        elif name == "celeba":
+            datasets.CelebA(folder, download=True)
+        elif not (folder / "BSR_bsds500.tgz").is_file():
+            torch.hub.download_url_to_file(BSDS_URL, str(folder / "BSR_bsds500.tgz"), bsds_sha256 or None)
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
+        raise UserError(
+            f"{name}: could not be downloaded ({first_line(error)}); give a local copy with --{name} PATH"
+        ) from None
+    return folder
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises UserError when the file's SHA-256 is another."""
+    if not path.is_file():
+        raise UserError(f"{path}: --bsds-sha256 needs the archive, not a folder")
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected.lower():
+        raise UserError(f"{path}: SHA-256 is {digest.hexdigest()}, not {expected}; download it again")
+
+
+def parse_idx(data: bytes) -> np.ndarray:
+    """The idx format of MNIST's files (unsigned bytes), compressed or not."""
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError("not an idx file of unsigned bytes")
+    shape = np.frombuffer(data, ">i4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def load_mnist(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test digits in official order: uint8 (N, 28, 28), labels (N,)."""
+
+    def read(part: str, kind: str) -> np.ndarray:
+        name = f"{part}-{kind}-ubyte"
+        return source.parse(source.find(name, f"{name}.gz", name.replace("-idx", ".idx")), parse_idx)
+
+    images = [read(part, "images-idx3") for part in ("train", "t10k")]
+    labels = [read(part, "labels-idx1") for part in ("train", "t10k")]
+    if any(len(x) != len(y) or x.shape[1:] != (28, 28) for x, y in zip(images, labels, strict=True)):
+        raise UserError(f"{source.path}: images and labels do not fit together; download MNIST again")
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def load_photographs(source: Source) -> list[np.ndarray]:
+    """The photographs of BSDS500 in the order of their names: uint8 (H, W, 3) each."""
+    names = source.names(".jpg")
+    if not names:
+        raise UserError(f"{source.path}: holds no .jpg; give BSR_bsds500.tgz or its folder images")
+    return [source.parse(name, parse_image) for name in names]
+
+
+def parse_image(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def load_svhn(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Cropped training and test digits in official order: uint8 (N, 32, 32, 3), labels (N,); '10' is the digit 0."""
+    from scipy.io import loadmat
+
+    def parse(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        content = loadmat(io.BytesIO(data))
+        return content["X"].transpose(3, 0, 1, 2), content["y"].flatten() % 10
+
+    parts = [source.parse(source.find(f"{part}_32x32.mat"), parse) for part in ("train", "test")]
+    images, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return images, labels
+
+
+def load_usps(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test digits in official order: uint8 (N, 16, 16), labels (N,), published as 1 ... 10."""
+    from sklearn.datasets import load_svmlight_file
+
+    def parse(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+        x, y = load_svmlight_file(io.BytesIO(bz2.decompress(data)), n_features=256, zero_based=False)
+        return ((x.toarray().reshape(-1, 16, 16) + 1) / 2 * 255).astype(np.uint8), y.astype(int) - 1
+
+    parts = [source.parse(source.find(name), parse) for name in ("usps.bz2", "usps.t.bz2")]
+    images, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return images, labels
+
+
+class Celeba:
+    """CelebA's aligned faces: a folder or zip of NNNNNN.jpg, with its lists beside or within it where there are any."""
+
+    def __init__(self, path: Path):
+        lists = Source(path)
+        self.images = lists
+        if "img_align_celeba.zip" in lists and path.is_dir():
+            self.images = Source(lists.files["img_align_celeba.zip"])
+        self.names = self.images.names(".jpg")
+        if not self.names:
+            raise UserError(f"{path}: holds no .jpg; give img_align_celeba.zip or the folder that holds it")
+        beside = {p.name: p for p in path.parent.iterdir()} if path.is_file() else {}
+
+        def read_list(name: str) -> dict[str, int] | None:
+            if name not in lists and name not in beside:
+                return None
+            text = lists.read(name) if name in lists else beside[name].read_bytes()
+            try:
+                return {image: int(value) for image, value in map(str.split, text.decode("ascii").splitlines())}
+            except ValueError:
+                raise UserError(f"{path}: {name}: each line must be an image and a number; download it again") from None
+
+        self.partition = read_list("list_eval_partition.txt")
+        self.identity = read_list("identity_CelebA.txt")
+
+    def split(self, counts: dict[str, int]) -> dict[str, list[str]]:
+        """Names for each of train, val, test, so that nobody is in two of them; the first ``counts`` in file order.
+
+        By the official partition, which is one by identity. Without its list by the list of identities: whole
+        persons go to test, then to val, the others to train. Without either by the file numbers at which the
+        official partition changes. Raises UserError where there are not enough.
+        """
+        pools: dict[str, list[str]] = {split: [] for split in counts}
+        if self.partition is not None:
+            of_image = {name: {0: "train", 1: "val", 2: "test"}.get(n) for name, n in self.partition.items()}
+        elif self.identity is not None:
+            of_image = self.split_by_person(counts)
+        else:
+            numbers = {name: int(Path(name).stem) for name in self.names if Path(name).stem.isdigit()}
+            of_image = {
+                name: "train" if n < FIRST_OF_VAL else "val" if n < FIRST_OF_TEST else "test"
+                for name, n in numbers.items()
+            }
+        for name in self.names:
+            if split := of_image.get(name):
+                pools[split].append(name)
+        for split, count in counts.items():
+            if len(pools[split]) < count:
+                raise UserError(
+                    f"{self.images.path}: has {len(pools[split])} faces for {split}, {count} are needed; "
+                    f"give all of CelebA, its identity_CelebA.txt, or smaller --face-counts"
+                )
+        return {split: pools[split][:count] for split, count in counts.items()}
+
+    def split_by_person(self, counts: dict[str, int]) -> dict[str, str]:
+        assert self.identity is not None
+        named = [name for name in self.names if name in self.identity]
+        room, place = {"test": counts["test"], "val": counts["val"]}, {}
+        for person, size in Counter(self.identity[name] for name in named).items():
+            place[person] = next((split for split in room if room[split] > 0), "train")
+            if place[person] in room:
+                room[place[person]] -= size
+        return {name: place[self.identity[name]] for name in named}
