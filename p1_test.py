@@ -21,6 +21,7 @@ from common.device import noise, pick_device
 from common.errors import UserError, run_main
 from common.files import make_folder
 from common.pictures import save_images, save_png, sheet, to_uint8
+from common.results import add_record_option, check_record, record
 from common.run import positive_int
 from models.dcgan import Generator
 
@@ -36,8 +37,14 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write the first 32 images as a sheet, too")
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the images of this folder")
+    add_record_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    return parser.parse_args(argv)
+    o = parser.parse_args(argv)
+    if o.record:
+        if not o.evaluate:
+            raise UserError("--record: needs scores; add --evaluate hw2_data/face")
+        check_record(o.record)
+    return o
 
 
 @torch.inference_mode()
@@ -71,7 +78,7 @@ class Judge:
         self.inception = Inception(device)
         self.features = self.inception.reference(images, cache_file(real, f"inception{self.inception.dims}"))
 
-    def __call__(self, paths: list[Path]) -> None:
+    def __call__(self, paths: list[Path]) -> dict[str, float]:
         from datasets.faces import SIZE
         from datasets.images import decode_files
         from metrics.detect import face_counts, face_rate
@@ -82,7 +89,9 @@ class Judge:
         reason = f" ({self.inception.reason})" if self.inception.reason else ""
         against = f"{len(images)} images against {len(self.features)} of {self.real}"
         print(f"{self.inception.name} {distance:.4f}: {against}{reason}")
-        print(f"faces {face_rate(face_counts(images)):.1f} %: images in which dlib finds exactly one face")
+        rate = face_rate(face_counts(images))
+        print(f"faces {rate:.1f} %: images in which dlib finds exactly one face")
+        return {self.inception.name: distance, "faces": rate}
 
 
 def main() -> None:
@@ -101,7 +110,10 @@ def main() -> None:
         save_png(sheet(images[:32], columns=8), o.sheet)
     print(f"{o.out}: {o.count} images")
     if judge:
-        judge([o.out / name for name in names])
+        scores = judge([o.out / name for name in names])
+        if o.record:
+            key = {"weights": o.weights.stem, "images": o.count, "seed": o.seed}
+            record(o.record, key, scores, o.weights, device)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from common.device import autocast, device_and_format, step_generator
 from common.errors import UserError, run_main
 from common.files import make_folder
 from common.pictures import plot_strip, save_images, save_png, sheet, to_uint8
+from common.results import add_record_option, check_record, record
 from common.run import positive_int
 from datasets.digits import CLASSES, SIZE
 from models.diffusion import Predict, Process, Watch, ddim, ddpm, dpm_solver_pp, guided, timesteps
@@ -61,6 +62,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the digits of this folder")
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="the course's Classifier.pth instead of ours")
     parser.add_argument("--neighbours", type=Path, metavar="FILE", help="with --evaluate: sheet of nearest neighbours")
+    add_record_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
     o = parser.parse_args(argv)
@@ -76,6 +78,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--steps {o.steps}: the process has T = {T}; give at most so many")
     if not 1 <= o.power <= 10:
         raise UserError(f"--power {o.power}: from 1 (even steps) to 10; 1 to 2 make sense")
+    if o.record:
+        if not o.evaluate:
+            raise UserError("--record: needs scores; add --evaluate hw2_data/digits/mnistm")
+        check_record(o.record)
     if o.neighbours and not o.evaluate:
         raise UserError("--neighbours: needs the training digits; add --evaluate hw2_data/digits/mnistm")
     return o
@@ -178,40 +184,44 @@ class Judge:
         self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_val"))
         self.floor_features = self.inception.reference(floor, cache_file(root, f"{name}_train"))
 
-    def __call__(self, paths: list[Path], labels: Tensor, neighbours: Path | None) -> None:
+    def __call__(self, paths: list[Path], labels: Tensor, neighbours: Path | None) -> dict[str, float]:
         from datasets.images import decode_files
         from metrics.classify import accuracy
 
-        images = decode_files(paths, SIZE)
+        images, scores = decode_files(paths, SIZE), {}
         for digit in labels.unique().tolist():
-            print(f"digit {digit}: {accuracy(self.classifier, images[labels == digit], digit):6.2f} % read as {digit}")
+            scores[f"digit_{digit}"] = accuracy(self.classifier, images[labels == digit], digit)
+            print(f"digit {digit}: {scores[f'digit_{digit}']:6.2f} % read as {digit}")
+        scores["accuracy"] = accuracy(self.classifier, images, labels)
         real = accuracy(self.classifier, self.real, self.real_labels)
-        print(f"accuracy {accuracy(self.classifier, images, labels):.2f} % (real validation digits {real:.2f} %)")
-        self.distances(images)
-        self.nearest(images, neighbours)
+        print(f"accuracy {scores['accuracy']:.2f} % (real validation digits {real:.2f} %)")
+        return scores | self.distances(images) | self.nearest(images, neighbours)
 
-    def distances(self, images: Tensor) -> None:
+    def distances(self, images: Tensor) -> dict[str, float]:
         features = self.inception.features(images, what="Inception, samples")
         floor = self.inception.distances(self.floor_features, self.real_features)
         reason = f" ({self.inception.reason})" if self.inception.reason else ""
-        for name, value in self.inception.distances(features, self.real_features).items():
-            print(
-                f"{name} {value:.4f} to {len(self.real)} validation digits (training digits {floor[name]:.4f}){reason}"
-            )
+        scores = self.inception.distances(features, self.real_features)
+        against = f"{len(self.real)} validation digits"
+        for name, value in scores.items():
+            print(f"{name} {value:.4f} to {against} (training digits {floor[name]:.4f}){reason}")
+        return scores | {f"{name}_floor": value for name, value in floor.items()}
 
-    def nearest(self, images: Tensor, path: Path | None) -> None:
+    def nearest(self, images: Tensor, path: Path | None) -> dict[str, float]:
         from metrics.neighbours import nearest
 
         (ours, rows), (real, _) = nearest(images, self.train, 7), nearest(self.real, self.train)
-        for name, d in (("samples", ours[:, 0]), ("validation digits", real[:, 0])):
-            print(
-                f"nearest training digit of {name}: {d.min():.1f} gray levels at least, {d.median():.1f} in the median"
-            )
+        scores = {}
+        for name, what, d in (("nearest", "samples", ours[:, 0]), ("nearest_real", "validation digits", real[:, 0])):
+            least, median = float(d.min()), float(d.median())
+            scores |= {f"{name}_least": least, f"{name}_median": median}
+            print(f"nearest training digit of {what}: {least:.1f} gray levels at least, {median:.1f} in the median")
         if path:
             closest = ours[:, 0].argsort()[:10]
             rows_of_sheet = [torch.cat([images[i : i + 1], self.train[rows[i]]]) for i in closest]
             make_folder(path.parent)
             save_png(sheet(torch.cat(rows_of_sheet), columns=8), path)
+        return scores
 
 
 def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -243,7 +253,11 @@ def main() -> None:
         draw_trajectory(network, digits[0], o, device, o.trajectory)
     print(f"{o.out}: {len(images)} images in {seconds:.0f} s")
     if judge:
-        judge([o.out / name for name in names], labels, o.neighbours)
+        scores = judge([o.out / name for name in names], labels, o.neighbours)
+        if o.record:
+            settings = ("sampler", "steps", "power", "w", "guide", "digits", "per_digit", "seed")
+            key = {"weights": o.weights.stem} | {name: getattr(o, name) for name in settings}
+            record(o.record, key, scores | {"seconds": seconds}, o.weights, device)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from common.device import pick_device
 from common.errors import UserError, run_main
 from common.files import atomic, make_folder
 from common.pictures import plot_points
+from common.results import add_record_option, check_record, record
 from datasets.augment import digit_input
 from datasets.digits import CLASSES, SIZE, load_digits, load_labels, read_labels
 from datasets.images import UNREADABLE, decode_files, list_images, name_some
@@ -42,6 +43,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="default: checkpoints/p3_TARGET.safetensors")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read or are not 28x28")
     parser.add_argument("--evaluate", type=Path, metavar="CSV", help="true labels (image_name,label) to score against")
+    add_record_option(parser)
     parser.add_argument("--tsne", type=Path, metavar="FOLDER", help="draw features by class and by domain")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="for --tsne: mnistm, svhn, usps")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -50,6 +52,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         parser.error("give --images and --out, or --tsne")
     if o.images and not o.out:
         parser.error("--images needs --out, the CSV file to write")
+    if o.record:
+        if not o.evaluate:
+            parser.error("--record needs --evaluate, the true labels")
+        check_record(o.record)
     if o.tsne and not o.images and not o.target:
         parser.error("--tsne needs --target")
     return o
@@ -125,19 +131,21 @@ def write_labels(paths: list[Path], labels: list[int], out: Path) -> None:
         )
 
 
-def print_scores(names: list[str], guesses: list[int], truth: dict[str, int], path: Path) -> None:
-    """Accuracy, accuracy of each class and the confusion matrix."""
+def print_scores(names: list[str], guesses: list[int], truth: dict[str, int], path: Path) -> float:
+    """Print accuracy, accuracy of each class and the confusion matrix; returns the accuracy in percent."""
     missing = [name for name in names if name not in truth]
     if missing:
         raise UserError(f"{path}: lacks {len(missing)} of the images, such as {missing[0]}; give the list that fits")
     matrix = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
     for name, guess in zip(names, guesses, strict=True):
         matrix[truth[name], guess] += 1
-    print(f"accuracy {100 * matrix.trace() / matrix.sum():.3f} % of {matrix.sum()} images")
+    accuracy = float(100 * matrix.trace() / matrix.sum())
+    print(f"accuracy {accuracy:.3f} % of {matrix.sum()} images")
     print("true \\ read" + "".join(f"{c:6d}" for c in range(CLASSES)) + "     right")
     for c, row in enumerate(matrix):
         right = 100 * row[c] / row.sum().clamp(min=1)
         print(f"{c:11d}" + "".join(f"{n:6d}" for n in row.tolist()) + f"{right:8.1f} %")
+    return accuracy
 
 
 def domain_distance(source: Tensor, target: Tensor) -> float:
@@ -181,13 +189,18 @@ def main() -> None:
     paths, gray = good_images(o.images, o.skip_bad) if o.images else ([], set())
     target = o.target or find_target(o.images, gray)
     truth = dict(read_labels(o.evaluate)) if o.evaluate else None
-    reader = Reader(o.weights or CHECKPOINTS / f"p3_{target}.safetensors", device)
+    weights = o.weights or CHECKPOINTS / f"p3_{target}.safetensors"
+    reader = Reader(weights, device)
     if o.images:
         guesses = reader.probabilities(decode_files(paths, SIZE)).argmax(1).tolist()
         write_labels(paths, guesses, o.out)
         print(f"{o.out}: {len(paths)} images of {target}")
         if truth is not None:
-            print_scores([p.name for p in paths], guesses, truth, o.evaluate)
+            accuracy = print_scores([p.name for p in paths], guesses, truth, o.evaluate)
+            if o.record:
+                key = {name: reader.options[name] for name in ("method", "target", "seed")}
+                key |= {"training": reader.card["command"], "checkpoint": weights.stem, "scored": o.evaluate.stem}
+                record(o.record, key, {"accuracy": accuracy}, weights, device)
     if o.tsne:
         draw_tsne(reader, target, o.data, o.tsne)
 

@@ -37,6 +37,18 @@ def device_and_format(device: str, bf16: bool | None) -> tuple[torch.device, boo
     return picked, bfloat16_pays(picked) if bf16 is None else bf16
 
 
+def hardware(device: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def autocast(device: torch.device, enabled: bool):
     """bfloat16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()

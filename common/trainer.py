@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.checkpoint import load_network, load_state, save_state, save_weights
+from common.device import hardware
 from common.errors import UserError
 from common.pictures import plot_curves, save_png
 from common.run import Budget, Run, StopFlag, annealed
@@ -94,7 +95,6 @@ class Trainer:
 
     def export(self, name: str, scores: dict) -> None:
         record, (model, config, state) = self.run.record, self.weights()
-        cuda = self.device.type == "cuda"
         card = {
             "model": model,
             "config": config,
@@ -104,7 +104,7 @@ class Trainer:
             "data": self.data_id,
             "steps": self.step,
             "minutes": round(self.budget.elapsed / 60, 1),
-            "hardware": torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "hardware": hardware(self.device),
             "bf16": self.o.bf16,
             "torch": str(torch.__version__),
             "held_out_scores": scores,

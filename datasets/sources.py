@@ -51,7 +51,9 @@ class Source:
                 with tarfile.open(path) as archive:
                     self.files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
             except DAMAGED as error:
-                raise UserError(f"{path}: not a whole zip or tar archive ({first_line(error)}); download it again") from None
+                raise UserError(
+                    f"{path}: not a whole zip or tar archive ({first_line(error)}); download it again"
+                ) from None
             self.read_file = bytes
         else:
             raise UserError(f"{path}: no such file or folder; give a local copy of the data set, or leave it out")

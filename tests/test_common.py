@@ -19,6 +19,7 @@ from common.ema import EMA
 from common.errors import UserError, describe_os_error
 from common.files import atomic
 from common.pictures import save_images, sheet, to_uint8
+from common.results import check_record, read_results, record
 from common.run import Budget, Run, annealed, given_options, resume_options
 from tests.helpers import ROOT
 
@@ -243,3 +244,29 @@ def test_images_appear_together_or_not_at_all(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line():
     error = OSError(28, "No space left on device", "/x/y")
     assert describe_os_error(error) == "/x/y: the disk is full; free some space or choose another place"
+
+
+# Result files
+
+
+def test_result_rows_are_replaced_by_key_and_sorted(tmp_path):
+    weights = tmp_path / "w"
+    weights.write_bytes(b"abc")
+    path = tmp_path / "r.json"
+    for seed, value in ((1, 0.5), (0, 1 / 3), (1, 0.7)):
+        record(path, {"seed": seed}, {"fd": value}, weights, CPU)
+    rows = read_results(path)
+    assert [(row["key"]["seed"], row["scores"]["fd"]) for row in rows] == [(0, 0.333333), (1, 0.7)]
+    assert {row["weights"] for row in rows} == {"ba7816bf8f01"}  # SHA-256 of "abc"
+    assert all(row["command"].startswith("python3 ") and row["commit"] and row["hardware"] for row in rows)
+    assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"scores": {}}]'])
+def test_foreign_result_files(tmp_path, content):
+    path = tmp_path / "r.json"
+    with pytest.raises(UserError, match="no such result file"):
+        read_results(path)
+    path.write_text(content)
+    with pytest.raises(UserError, match="not a result file"):
+        check_record(path)

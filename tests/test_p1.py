@@ -16,6 +16,7 @@ import p1_test
 import p1_train
 from common.checkpoint import load_state, load_weights, save_weights
 from common.ema import reestimate_batch_norm
+from common.results import read_results
 from models import dcgan, sngan
 from tests.helpers import assert_user_error, run
 
@@ -264,7 +265,10 @@ def test_scores_come_from_the_files(weights, faces, tmp_path, mean_inception, mo
     real = load_reference(faces)
     monkeypatch.setattr(p1_test, "save_images", lambda _images, names, out: save_images(real, names, out))
     options = ("--weights", weights, "--out", tmp_path / "out", "--count", len(real), "--evaluate", faces / "val")
-    assert run(p1_test.main, *options).code == 0
+    assert run(p1_test.main, *options, "--record", tmp_path / "r" / "faces.json").code == 0
+    (row,) = read_results(tmp_path / "r" / "faces.json")
+    assert row["key"] == {"weights": weights.stem, "images": 12, "seed": 0}
+    assert row["scores"] == {"FD-48": pytest.approx(0, abs=1e-6), "faces": 0}
     out = capsys.readouterr().out
     assert f"FD-48 0.0000: 12 images against 12 of {faces / 'val'}" in out or "FD-48 -0.0000" in out
     assert "faces 0.0 %" in out

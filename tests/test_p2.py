@@ -12,6 +12,7 @@ import classifier_train
 import p2_test
 import p2_train
 from common.checkpoint import load_state, load_weights, save_weights
+from common.results import read_results
 from datasets.digits import load_digits
 from metrics.classify import accuracy, load_classifier
 from metrics.neighbours import nearest
@@ -257,10 +258,16 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
     monkeypatch.setattr(p2_test, "save_images", lambda _images, names, out: save_images(by_digit, names, out))
     sheet = tmp_path / "n" / "neighbours.png"
     options = ("--per-digit", 2, "--evaluate", digits, "--neighbours", sheet)
+    options += ("--record", tmp_path / "digits.json")
     assert generate(weights, tmp_path / "out", *options).code == 0
     out = capsys.readouterr().out
     assert "FD-48 0.0000 to 20 validation digits" in out or "FD-48 -0.0000 to 20" in out
     assert out.count("% read as") == 10
+    (row,) = read_results(tmp_path / "digits.json")
+    assert (row["key"]["sampler"], row["key"]["steps"], row["key"]["per_digit"]) == ("dpm++", 2, 2)
+    assert row["scores"]["FD-48"] == pytest.approx(0, abs=1e-6)
+    assert row["scores"]["nearest_least"] == row["scores"]["nearest_real_least"]
+    assert row["scores"]["seconds"] >= 0
     samples, validation = (line for line in out.splitlines() if line.startswith("nearest"))
     assert samples.split(": ")[1] == validation.split(": ")[1]
     with Image.open(sheet) as image:
@@ -279,6 +286,7 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
         (("--digits", "3a"), "--digits 3a"),
         (("--digits", "33"), "--digits 33"),
         (("--neighbours", "x.png"), "--neighbours"),
+        (("--record", "x.json"), "--record"),
     ],
 )
 def test_wrong_options(weights, tmp_path, options, part):

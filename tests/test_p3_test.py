@@ -9,10 +9,13 @@ from PIL import Image
 
 import p3_test
 from common.checkpoint import save_weights
+from common.results import read_results
 from models.dann import Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
 OPTIONS = {"size": 32, "standardise": True, "intensity": True, "gray": False}
+CARD = {"model": "dann", "config": {"dim": 2}, "command": "python3 p3_train.py --seed 4"}
+CARD["options"] = OPTIONS | {"method": "dann-st", "target": "svhn", "seed": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +27,7 @@ def weights(tmp_path, monkeypatch):
         torch.manual_seed(0)
         network = Dann(dim=2)
         network.predictor.layer[4].bias.data[digit] = 100
-        card = {"model": "dann", "config": {"dim": 2}, "options": OPTIONS}
-        save_weights(folder / f"p3_{target}.safetensors", network.state_dict(), card)
+        save_weights(folder / f"p3_{target}.safetensors", network.state_dict(), CARD)
     monkeypatch.setattr(p3_test, "CHECKPOINTS", folder)
     return folder
 
@@ -86,7 +88,7 @@ def test_a_label_depends_on_its_image_only(tmp_path, weights):
     torch.manual_seed(1)
     network = Dann(dim=2)
     path = weights / "w.safetensors"
-    save_weights(path, network.state_dict(), {"model": "dann", "config": {"dim": 2}, "options": OPTIONS})
+    save_weights(path, network.state_dict(), CARD)
     images = smooth_images(30, 28)
     write_pngs(tmp_path / "svhn", images)
     write_pngs(tmp_path / "some" / "svhn", images[:3])
@@ -99,7 +101,13 @@ def test_scores(tmp_path, capsys):
     write_pngs(tmp_path / "svhn", smooth_images(4, 28))
     truth = tmp_path / "truth.csv"
     write_index(truth, [(f"{i:05d}.png", label) for i, label in enumerate((3, 3, 3, 8))])
-    assert classify(tmp_path / "svhn", tmp_path / "o.csv", "--evaluate", truth).code == 0
+    options = ("--evaluate", truth, "--record", tmp_path / "adaptation.json")
+    for _ in range(2):  # a row measured again is replaced
+        assert classify(tmp_path / "svhn", tmp_path / "o.csv", *options).code == 0
+    (row,) = read_results(tmp_path / "adaptation.json")
+    assert row["scores"] == {"accuracy": 75}
+    assert row["key"]["training"] == CARD["command"]
+    assert (row["key"]["method"], row["key"]["seed"], row["key"]["scored"]) == ("dann-st", 4, "truth")
     out = capsys.readouterr().out
     assert "accuracy 75.000 % of 4 images" in out
     lines = {line.split()[0]: line.split() for line in out.splitlines()}

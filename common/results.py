@@ -1,0 +1,66 @@
+"""Result files: measured rows with the command, commit, hardware and weights that gave them.
+
+A result file is a JSON list with one row a line. README and report are made from such files, so a number stands in one
+place. A row is known by its ``key`` (for instance sampler, steps and seed): measured again, it is replaced.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from common.device import hardware
+from common.errors import UserError
+from common.files import atomic, make_folder
+from common.run import git_commit
+
+
+def add_record_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--record", type=Path, metavar="JSON", help="with --evaluate: put the scores into this file")
+
+
+def weights_id(path: Path) -> str:
+    """The first 12 digits of a weight file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def read_results(path: Path) -> list[dict]:
+    """The rows of a result file. Raises UserError when it is missing or something else."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such result file; measure with --record {path}, or restore it with git") from None
+    except (ValueError, OSError):
+        rows = None
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or "key" not in row for row in rows):
+        raise UserError(f"{path}: not a result file; move it away, or restore it with git")
+    return rows
+
+
+def check_record(path: Path) -> None:
+    """Raises UserError when ``path`` cannot take a row, before anything is measured."""
+    make_folder(path.parent)
+    if path.exists():
+        read_results(path)
+
+
+def record(path: Path, key: dict, scores: dict[str, float], weights: Path, device: torch.device) -> None:
+    """Put a row into a result file: ``key`` says what was measured, ``scores`` keep 6 significant digits."""
+    rows = [row for row in read_results(path) if row["key"] != key] if path.exists() else []
+    rows.append(
+        {
+            "key": key,
+            "scores": {name: float(f"{value:.6g}") for name, value in scores.items()},
+            "weights": weights_id(weights),
+            "command": shlex.join(["python3", *sys.argv]),
+            "commit": git_commit(),
+            "hardware": hardware(device),
+        }
+    )
+    rows.sort(key=lambda row: json.dumps(row["key"]))
+    with atomic(path) as temporary:
+        temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
