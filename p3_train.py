@@ -108,7 +108,8 @@ class DigitTrainer(Trainer):
         return self.ema.module
 
     def see(self, images: Tensor) -> Tensor:
-        return digit_input(images, self.o.size, self.o.standardise, self.o.gray)
+        x = digit_input(images, self.o.size, self.o.standardise, self.o.gray)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def augmented(self, images: Tensor, random: torch.Generator, with_neighbours: bool = False) -> Tensor:
         x = self.see(images)
@@ -149,7 +150,7 @@ class SupervisedTrainer(DigitTrainer):
         (images, held_images), (labels, held_labels) = (hold_out(x.to(device), HELD_OUT) for x in (images, labels))
         self.images, self.labels, self.held_images, self.held_labels = images, labels, held_images, held_labels
         torch.manual_seed(o.seed)
-        super().__init__(o, small_image_resnet34().to(device), images.cpu(), {})
+        super().__init__(o, small_image_resnet34().to(device, memory_format=torch.channels_last), images.cpu(), {})
 
     def update(self) -> Tensor:
         random = step_generator(self.device, self.o.seed, self.step)
@@ -207,7 +208,8 @@ class AdaptationTrainer(DigitTrainer):
         )
         self.target_images = target_images.to(device)
         torch.manual_seed(o.seed)
-        network, self.domain = Dann(o.dim).to(device), DomainClassifier().to(device)
+        network = Dann(o.dim).to(device, memory_format=torch.channels_last)
+        self.domain = DomainClassifier().to(device)
         super().__init__(o, network, torch.cat([self.images.cpu()[:500], target_images]), {"domain": self.domain})
 
     def features(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,20 +251,19 @@ class AdaptationTrainer(DigitTrainer):
     def teach(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """(guessed classes (N,), 1 where the teacher is sure enough (N,)) of target images.
 
-        The teacher is the weight average; it sees every image as it is and with its intensities flipped. Sure enough
-        is ``threshold`` times its mean confidence on source images (AdaMatch, Berthelot et al. 2022,
-        arXiv:2106.04732). With ``align`` its classes are first weighted so that they come in equal shares.
+        The teacher is the weight average; it sees images as they are, and those of the target with their intensities
+        flipped, too. Sure enough is ``threshold`` times its mean confidence on source images (AdaMatch, Berthelot et
+        al. 2022, arXiv:2106.04732). With ``align`` its classes are first weighted so that they come in equal shares.
         """
         teacher = self.average.train()  # statistics of the batch at hand
 
-        def classify(images: Tensor) -> Tensor:
-            x = self.see(images)
-            views = (x, -x) if self.o.intensity else (x,)
+        def classify(x: Tensor) -> Tensor:
             with autocast(self.device, self.o.bf16):
-                return torch.stack([teacher(v).float().softmax(1) for v in views]).mean(0)
+                return teacher(x).float().softmax(1)
 
-        threshold = self.o.threshold * classify(source).max(1).values.mean()
-        p = classify(target)
+        threshold = self.o.threshold * classify(self.see(source)).max(1).values.mean()
+        x = self.see(target)
+        p = (classify(x) + classify(-x)) / 2 if self.o.intensity else classify(x)
         if self.o.align:
             p = p / p.mean(0).clamp(min=1e-3)
             p = p / p.sum(1, keepdim=True)
