@@ -2,6 +2,7 @@
 
   python3 p1_test.py --out faces                                       # 1,000 faces, 0001.png ... 1000.png
   python3 p1_test.py --out faces --evaluate hw2_data/face/val          # and their Fréchet distance and face rate
+  python3 p1_test.py --out real --evaluate hw2_data/face --real        # the floor: what real faces score
   python3 p1_test.py --out more --count 5000 --seed 1 --sheet first32.png
 
 Needs nothing but the weight file, which says what network it belongs to. Face i depends on (weights, seed, i)
@@ -37,12 +38,13 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write the first 32 images as a sheet, too")
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the images of this folder")
+    parser.add_argument("--real", action="store_true", help="with --evaluate: score real training faces instead")
     add_record_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     o = parser.parse_args(argv)
+    if (o.record or o.real) and not o.evaluate:
+        raise UserError(f"--{'record' if o.record else 'real'}: is about scores; add --evaluate hw2_data/face")
     if o.record:
-        if not o.evaluate:
-            raise UserError("--record: needs scores; add --evaluate hw2_data/face")
         check_record(o.record)
     return o
 
@@ -59,6 +61,16 @@ def generate(generator: nn.Module, count: int, seed: int, device: torch.device) 
         z = noise(seed, range(start, start + SLICE), generator.z_dim)
         images.append(to_uint8(generator(z.to(device))))
     return torch.cat(images)[:count]
+
+
+def real_faces(root: Path, count: int) -> Tensor:
+    """The first ``count`` training faces: what perfect samples would score. Raises UserError when there are fewer."""
+    from datasets.faces import load_faces
+
+    images = load_faces(root, "train")[:count]
+    if len(images) < count:
+        raise UserError(f"{root}: has {len(images)} training faces, fewer than --count {count}")
+    return images
 
 
 class Judge:
@@ -98,11 +110,14 @@ def main() -> None:
     o = parse_options(sys.argv[1:])
     device = pick_device(o.device)
     torch.backends.cudnn.allow_tf32 = False
-    generator, _ = load_network(o.weights, {"sngan": Generator, "dcgan": Generator})
     if o.evaluate and o.count < 2:
         raise UserError(f"--count {o.count}: a Fréchet distance needs at least 2 images")
     judge = Judge(o.evaluate, device) if o.evaluate else None
-    images = generate(generator.to(device), o.count, o.seed, device)
+    if o.real:
+        images = real_faces(o.evaluate, o.count)
+    else:
+        generator, _ = load_network(o.weights, {"sngan": Generator, "dcgan": Generator})
+        images = generate(generator.to(device), o.count, o.seed, device)
     names = [f"{i:04d}.png" for i in range(1, o.count + 1)]
     save_images(images, names, o.out)
     if o.sheet:
@@ -112,8 +127,8 @@ def main() -> None:
     if judge:
         scores = judge([o.out / name for name in names])
         if o.record:
-            key = {"weights": o.weights.stem, "images": o.count, "seed": o.seed}
-            record(o.record, key, scores, o.weights, device)
+            key = {"weights": "real" if o.real else o.weights.stem, "images": o.count, "seed": o.seed}
+            record(o.record, key, scores, None if o.real else o.weights, device)
 
 
 if __name__ == "__main__":

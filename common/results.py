@@ -48,14 +48,14 @@ def check_record(path: Path) -> None:
         read_results(path)
 
 
-def record(path: Path, key: dict, scores: dict[str, float], weights: Path, device: torch.device) -> None:
+def record(path: Path, key: dict, scores: dict[str, float], weights: Path | None, device: torch.device) -> None:
     """Put a row into a result file: ``key`` says what was measured, ``scores`` keep 6 significant digits."""
     rows = [row for row in read_results(path) if row["key"] != key] if path.exists() else []
     rows.append(
         {
             "key": key,
             "scores": {name: float(f"{value:.6g}") for name, value in scores.items()},
-            "weights": weights_id(weights),
+            "weights": weights_id(weights) if weights else "none",
             "command": shlex.join(["python3", *sys.argv]),
             "commit": git_commit(),
             "hardware": hardware(device),

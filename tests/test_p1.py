@@ -334,3 +334,17 @@ def test_shipped_weights_say_where_they_come_from():
         assert {"command", "commit", "options", "data", "steps", "minutes", "hardware"} <= set(card)
         dcgan.Generator(**card["config"]).load_state_dict(state)
     json.dumps(card)
+
+
+def test_real_faces_take_the_same_way(faces, tmp_path, mean_inception, capsys):
+    from datasets.faces import load_faces
+    from datasets.images import decode_files
+
+    options = ("--out", tmp_path / "out", "--count", 5, "--evaluate", faces, "--real")
+    assert run(p1_test.main, *options, "--record", tmp_path / "faces.json").code == 0
+    paths = sorted((tmp_path / "out").iterdir())
+    assert torch.equal(decode_files(paths, 64), load_faces(faces, "train")[:5])
+    (row,) = read_results(tmp_path / "faces.json")
+    assert (row["key"]["weights"], row["weights"]) == ("real", "none")
+    assert_user_error(run(p1_test.main, "--out", tmp_path / "o", "--evaluate", faces, "--real"), faces, "--count 1000")
+    assert_user_error(run(p1_test.main, "--out", tmp_path / "o", "--real"), "--evaluate")

@@ -1,0 +1,372 @@
+"""Rebuild the report: every table and figure of the study, for the shipped weights or for your own.
+
+  python3 report.py --data hw2_data                    # all of it, into report/
+  python3 report.py --data hw2_data --only faces       # one part; the others stay as they are
+  python3 report.py --data hw2_data --measure          # measure again, instead of taking results/*.json
+
+Numbers come from results/*.json, as long as these were measured with the weights at hand; missing ones are measured
+where there is data. A part that is up to date (same weights, data, results and code) is kept. Without data the parts
+that need none are still built, and the others say what they need.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import p1_test
+import p1_train
+import p2_train
+from common.checkpoint import load_network, load_weights
+from common.errors import UserError, run_main
+from common.files import atomic, make_folder
+from common.pictures import plot_curves, save_png, sheet
+from common.results import read_results, weights_id
+from datasets.images import find_mosaics, fingerprint
+from models import dcgan, sngan
+from models.dann import DomainClassifier, FeatureExtractor, LabelPredictor
+from models.unet import UNet_conditional
+
+HERE = Path(__file__).resolve().parent
+CHECKPOINTS, RESULTS = HERE / "checkpoints", HERE / "results"
+SEEDS = range(5)  # sampling seeds of faces and digits
+GANS = {"dcgan": "DCGAN", "sngan": "SNGAN"}
+TARGETS = {"svhn": "SVHN", "usps": "USPS"}
+METHODS = {
+    "source": "trained on source (ResNet34)",
+    "dann": "DANN",
+    "dann-st": "DANN-ST",
+    "target": "trained on target (ResNet34)",
+}
+PUBLISHED = {  # the published report's numbers
+    "dcgan": "FID 38.68, faces 91.4 %",
+    "sngan": "FID 25.66, faces 92.2 %",
+    "svhn": {"source": "19.159", "dann": "64.506", "target": "96.038"},
+    "usps": {"source": "50.645", "dann": "86.425", "target": "98.658"},
+}
+
+
+@dataclass
+class Part:
+    """A chapter: its heading, what builds its text, and the files it is made from."""
+
+    title: str
+    build: Callable[[argparse.Namespace], str]
+    weights: tuple[str, ...] = ()  # under checkpoints/
+    results: tuple[str, ...] = ()  # under results/
+    code: tuple[str, ...] = ()  # scripts and packages
+    data: tuple[str, ...] = ()  # folders under --data
+
+
+# Tables: text from result files, used by README, too
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """'0.666 ± 0.003', or the only value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def rows_of(path: Path, file: Path | None = None, **key: object) -> list[dict]:
+    """Rows of a result file with these entries in their keys, measured with the weight file ``file`` as it is now."""
+    if not path.exists() or (file and not file.exists()):
+        return []
+    found = [row for row in read_results(path) if all(row["key"].get(k) == v for k, v in key.items())]
+    return [row for row in found if file is None or row["weights"] == weights_id(file)]
+
+
+def training(card: dict) -> str:
+    """Steps, batch size, minutes and hardware, from a weight file's card."""
+    return (
+        f"{card['steps']:,} steps of {card['options']['batch_size']}, {card['minutes']:.0f} min on {card['hardware']}"
+    )
+
+
+def column(rows: list[dict], name: str) -> list[float]:
+    return [row["scores"][name] for row in rows]
+
+
+def distances(row: dict) -> list[str]:
+    """Names of the Fréchet distances in a row, fewest features first."""
+    return [name for name in row["scores"] if name.startswith("F") and not name.endswith("_floor")]
+
+
+def faces_table() -> str:
+    """Distance and face rate of both generators over sampling seeds, and of real faces."""
+    path, lines = RESULTS / "faces.json", []
+    measured = {name: rows_of(path, CHECKPOINTS / f"p1_{name}.safetensors", images=1000) for name in GANS}
+    real = rows_of(path, weights="real", images=1000)
+    names = {name for rows in (real, *measured.values()) for row in rows for name in distances(row)}
+    if not names:
+        return "Not measured yet: results/faces.json has no rows for these weights."
+    if len(names) > 1:
+        raise UserError(f"{path}: mixes {' and '.join(sorted(names))}; measure again with --measure")
+    (fd,) = names
+    for name, rows in {"real": real, **measured}.items():
+        if rows:
+            title = GANS.get(name, "real training faces (the floor)")
+            scores = [mean_and_spread(column(rows, fd), 3), f"{mean_and_spread(column(rows, 'faces'), 1)} %"]
+            lines.append([title, str(len(rows)), *scores, PUBLISHED.get(name, "")])
+    return table(["1,000 images of", "seeds", fd, "exactly one face", "published report"], lines)
+
+
+def digits_table() -> str:
+    """Accuracy and distances of 1,000 digits with the default sampler, over seeds."""
+    rows = rows_of(RESULTS / "digits.json", CHECKPOINTS / "p2_unet.safetensors", per_digit=100)
+    if not rows:
+        return "Not measured yet: results/digits.json has no rows of 1,000 digits for these weights."
+    accuracy = f"{mean_and_spread(column(rows, 'accuracy'), 2)} %"
+    lines = [[f"read correctly by the classifier, {len(rows)} seeds", accuracy, ""]]
+    for name in distances(rows[0]):
+        floor = f"{rows[0]['scores'][f'{name}_floor']:.4f}"
+        lines.append([f"{name} to 2,000 validation digits", mean_and_spread(column(rows, name), 3), floor])
+    near, real = rows[0]["scores"]["nearest_least"], rows[0]["scores"]["nearest_real_least"]
+    lines.append(["gray levels to the nearest training digit, at least", f"{near:.1f}", f"{real:.1f} (validation)"])
+    per_digit = [f"{statistics.mean(column(rows, f'digit_{d}')):.0f}" for d in range(10)]
+    text = table(["1,000 generated digits", "", "real training digits"], lines)
+    return f"{text}\n\n" + table(["digit", *map(str, range(10))], [["read correctly, %", *per_digit]])
+
+
+def samplers_table() -> str:
+    """Accuracy, distances and time for samplers, steps and guidance."""
+    rows = rows_of(RESULTS / "samplers.json", CHECKPOINTS / "p2_unet.safetensors")
+    if not rows:
+        return "Not measured yet: results/samplers.json has no rows for these weights."
+    lines = []
+    for row in sorted(rows, key=lambda r: [r["key"][k] for k in ("per_digit", "sampler", "steps", "w", "power")]):
+        key, scores = row["key"], row["scores"]
+        low, high = key["guide"]
+        guided = "" if key["w"] == 0 else "all" if (low, high) == (1, 600) else f"{low} to {high}"
+        count = len(key["digits"]) * key["per_digit"]
+        cells = [key["sampler"], key["steps"], key["power"], f"{key['w']:g}", guided, count]
+        found = [f"{scores[name]:.3f}" for name in distances(row)]
+        cost = f"{1000 * scores['seconds'] / count:.0f}"
+        lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, cost])
+    header = ["sampler", "steps", "power", "w", "guided t", "images", "accuracy, %", *distances(rows[0]), "ms an image"]
+    return table(header, lines)
+
+
+def adaptation_table() -> str:
+    """Accuracy on the targets' validation digits: mean and deviation over training seeds."""
+    rows = rows_of(RESULTS / "adaptation.json", scored="val", checkpoint="best")
+    if not rows:
+        return "Not measured yet: results/adaptation.json is missing."
+    lines = []
+    for target, name in TARGETS.items():
+        for method, title in METHODS.items():
+            chosen = [r for r in rows if r["key"]["method"] == method and r["key"]["target"] == target]
+            if chosen:
+                score = f"{mean_and_spread(column(chosen, 'accuracy'), 2)} %"
+                lines.append([name, title, str(len(chosen)), score, PUBLISHED[target].get(method, "")])
+    return table(["MNIST-M to", "method", "training seeds", "accuracy", "published report, %"], lines)
+
+
+# Parts
+
+
+def networks(_o: argparse.Namespace) -> str:
+    shown = {
+        "Generator (both)": dcgan.Generator(),
+        "DCGAN discriminator": dcgan.Discriminator(),
+        "SNGAN discriminator": sngan.Discriminator(),
+        "UNet_conditional": UNet_conditional(),
+        "DANN feature extractor": FeatureExtractor(),
+        "DANN label predictor": LabelPredictor(),
+        "DANN domain classifier": DomainClassifier(),
+    }
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in shown.items()}
+    prints = [f"### {name}\n\n```\n{network}\n```" for name, network in shown.items()]
+    return table(["network", "parameters"], [[n, f"{c:,}"] for n, c in counts.items()]) + "\n\n" + "\n\n".join(prints)
+
+
+def build_faces(o: argparse.Namespace) -> str:
+    text = []
+    for name in GANS:
+        weights = CHECKPOINTS / f"p1_{name}.safetensors"
+        for seed in SEEDS:
+            if o.measure or not rows_of(RESULTS / "faces.json", weights, seed=seed, images=1000):
+                arguments = ("--weights", weights, "--seed", seed)
+                measure(o, "p1_test.py", o.data and o.data / "face", RESULTS / "faces.json", *arguments)
+    if o.measure or not rows_of(RESULTS / "faces.json", weights="real", images=1000):
+        measure(o, "p1_test.py", o.data and o.data / "face", RESULTS / "faces.json", "--real")
+    text.append(faces_table())
+    for name, title in GANS.items():
+        generator, card = load_network(CHECKPOINTS / f"p1_{name}.safetensors", {name: dcgan.Generator})
+        images = p1_test.generate(generator, 32, 0, torch.device("cpu"))
+        save_png(sheet(images, columns=8), o.out / f"faces_{name}.png")
+        text.append(f"### {title}\n\n{training(card)}. The first 32 faces of seed 0:\n\n![{title}](faces_{name}.png)")
+        metrics = RESULTS / f"p1_{name}_metrics.csv"
+        if metrics.exists():
+            plot_curves(metrics, o.out / f"curves_{name}.png", p1_train.GanTrainer.panels, f"{title}, training")
+            text.append(f"![training curves of the {title}](curves_{name}.png)")
+    return "\n\n".join(text)
+
+
+def build_digits(o: argparse.Namespace) -> str:
+    weights = CHECKPOINTS / "p2_unet.safetensors"
+    _, card = load_weights(weights)
+    data = o.data and o.data / "digits" / "mnistm"
+    figures = {name: o.out / f"digits_{name}.png" for name in ("grid", "trajectory", "neighbours")}
+    options = [x for name, path in figures.items() for x in (f"--{name}", path)]
+    known = rows_of(RESULTS / "digits.json", weights, per_digit=100, seed=0)
+    if o.measure or not known or not all(path.exists() for path in figures.values()):
+        measure(o, "p2_test.py", data, RESULTS / "digits.json", *options)
+    text = [f"{training(card)}.", digits_table(), "### Samplers", samplers_table()]
+    titles = {
+        "grid": "The first 10 of each digit, seed 0",
+        "trajectory": "Ancestral sampling of the first 0, after t of 600 reverse steps",
+        "neighbours": "The ten samples nearest to a training digit (left), beside the 7 nearest training digits",
+    }
+    text += [f"### {titles[name]}\n\n![{titles[name]}]({path.name})" for name, path in figures.items() if path.exists()]
+    metrics = RESULTS / "p2_unet_metrics.csv"
+    if metrics.exists():
+        plot_curves(metrics, o.out / "curves_unet.png", p2_train.DiffusionTrainer.panels, "UNet, training")
+        text.append("![training curves of the UNet](curves_unet.png)")
+    return "\n\n".join(text)
+
+
+def build_adaptation(o: argparse.Namespace) -> str:
+    text = [adaptation_table()]
+    for target, name in TARGETS.items():
+        weights = CHECKPOINTS / f"p3_{target}.safetensors"
+        if not weights.exists():
+            text.append(f"No weights for {name} yet: {weights.relative_to(HERE)} is missing.")
+            continue
+        figures = [o.out / f"tsne_{target}_{by}.png" for by in ("class", "domain")]
+        if o.data:
+            call("p3_test.py", "--tsne", o.out, "--target", target, "--data", o.data / "digits")
+        text += [f"![{name}, t-SNE]({path.name})" for path in figures if path.exists()]
+        if not all(path.exists() for path in figures):
+            text.append(f"The t-SNE plots of {name} need data: add --data hw2_data.")
+    return "\n\n".join(text)
+
+
+def observations(_o: argparse.Namespace) -> str:
+    return (RESULTS / "observations.md").read_text(encoding="utf-8").strip()
+
+
+PARTS = {
+    "networks": Part("Networks", networks, code=("models",)),
+    "faces": Part(
+        "Faces: DCGAN and SNGAN",
+        build_faces,
+        ("p1_dcgan", "p1_sngan"),
+        ("faces.json", "p1_dcgan_metrics.csv", "p1_sngan_metrics.csv"),
+        ("models", "metrics", "p1_test.py"),
+        ("face",),
+    ),
+    "digits": Part(
+        "Digits: class-conditional diffusion",
+        build_digits,
+        ("p2_unet", "digit_classifier"),
+        ("digits.json", "samplers.json", "p2_unet_metrics.csv"),
+        ("models", "metrics", "p2_test.py"),
+        ("digits/mnistm",),
+    ),
+    "adaptation": Part(
+        "Adaptation: MNIST-M to SVHN and USPS",
+        build_adaptation,
+        ("p3_svhn", "p3_usps"),
+        ("adaptation.json",),
+        ("models", "p3_test.py"),
+        ("digits/mnistm", "digits/svhn", "digits/usps"),
+    ),
+    "observations": Part("Observations and limits", observations, results=("observations.md",)),
+}
+
+
+def call(script: str, *arguments: object) -> None:
+    """Run a script of this repository. Raises UserError with its own error line when it fails."""
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    print("  " + shlex.join(["python3", script, *map(str, arguments)]), flush=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or [f"{script} ended with {done.returncode}"])[-1])
+
+
+def measure(o: argparse.Namespace, script: str, data: Path | None, record: Path, *arguments: object) -> None:
+    """Let a script generate, score and record; without data, say so and leave it."""
+    if not data:
+        print(f"  not measured: {script} {shlex.join(map(str, arguments))} needs --data")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        call(script, "--out", folder, *arguments, "--evaluate", data, "--record", record)
+
+
+def part_key(part: Part, o: argparse.Namespace) -> str:
+    """Changes when the weights, results, code or data of a part change."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    files = [CHECKPOINTS / f"{name}.safetensors" for name in part.weights] + [RESULTS / name for name in part.results]
+    for name in part.code:
+        files += sorted((HERE / name).rglob("*.py")) if (HERE / name).is_dir() else [HERE / name]
+    for path in files:
+        digest.update(f"{path.name}\0".encode() + (path.read_bytes() if path.exists() else b"missing"))
+    for name in part.data if o.data else ():
+        folder = o.data / name
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; see README, Data, or leave --data out")
+        inside = [
+            folder / "val",
+            folder / "train",
+            folder / "data",
+            *folder.glob("*.csv"),
+            *find_mosaics(folder, "val"),
+        ]
+        digest.update(fingerprint(sorted(p for p in inside if p.exists())).encode())
+    return digest.hexdigest()
+
+
+def write(o: argparse.Namespace, texts: dict[str, str]) -> None:
+    """All parts that have been built, in order, into README.md."""
+    chapters = [f"## {part.title}\n\n{texts[name]}" for name, part in PARTS.items() if name in texts]
+    head = "# Report\n\nMade by `python3 report.py`; numbers from `results/`, pictures from the shipped weights."
+    with atomic(o.out / "README.md") as temporary:
+        temporary.write_text("\n\n".join([head, *chapters]) + "\n", encoding="utf-8")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with face/ and digits/; without it nothing is measured")
+    parser.add_argument("--out", type=Path, default=HERE / "report", help="default: report/ beside this script")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--measure", action="store_true", help="measure again what results/ has")
+    return parser
+
+
+def main() -> None:
+    o = build_parser().parse_args(sys.argv[1:])
+    make_folder(o.out)
+    state = o.out / ".parts.json"
+    try:
+        known = json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    for name, part in PARTS.items():
+        chosen = not o.only or name in o.only
+        if not chosen or (not o.measure and known.get(name, {}).get("key") == part_key(part, o)):
+            continue
+        print(f"{name}:", flush=True)
+        text = part.build(o)
+        known[name] = {"key": part_key(part, o), "text": text}  # measured rows are part of the key
+        with atomic(state) as temporary:
+            temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        write(o, {name: entry["text"] for name, entry in known.items()})
+    print(f"{o.out / 'README.md'}: up to date")
+
+
+if __name__ == "__main__":
+    run_main(main)
