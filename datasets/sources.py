@@ -13,6 +13,7 @@ import bz2
 import gzip
 import hashlib
 import io
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -41,10 +42,12 @@ class Source:
         self.path = path
         if path.is_dir():
             self.files = {p.name: p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+            self.sizes = {name: p.stat().st_size for name, p in self.files.items()}
             self.read_file: Callable = Path.read_bytes
         elif zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
             self.files = {Path(m.filename).name: m for m in archive.infolist() if not m.is_dir()}
+            self.sizes = {name: m.file_size for name, m in self.files.items()}
             self.read_file = archive.read
         elif path.is_file():
             try:  # a compressed tar archive cannot be read out of order: keep it all
@@ -54,6 +57,7 @@ class Source:
                 raise UserError(
                     f"{path}: not a whole zip or tar archive ({first_line(error)}); download it again"
                 ) from None
+            self.sizes = {name: len(content) for name, content in self.files.items()}
             self.read_file = bytes
         else:
             raise UserError(f"{path}: no such file or folder; give a local copy of the data set, or leave it out")
@@ -87,19 +91,11 @@ class Source:
 
     def damaged(self, name: str, error: Exception) -> UserError:
         place = self.path if self.path.name == name else f"{self.path}: {name}"
-        return UserError(
-            f"{place}: cannot be read ({str(error).splitlines()[0] if str(error) else 'damaged'}); download it again"
-        )
+        return UserError(f"{place}: cannot be read ({first_line(error)}); download it again")
 
     def key(self) -> str:
         """Tells one version of the files from another, by their names and sizes."""
-        digest = hashlib.sha256()
-        for name, file in sorted(self.files.items()):
-            size = (
-                len(file) if isinstance(file, bytes) else getattr(file, "file_size", None) or Path(file).stat().st_size
-            )
-            digest.update(f"{name}\0{size}\n".encode())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(repr(sorted(self.sizes.items())).encode()).hexdigest()[:16]
 
 
 def first_line(error: Exception) -> str:
@@ -176,6 +172,8 @@ def load_photographs(source: Source) -> list[np.ndarray]:
     names = source.names(".jpg")
     if not names:
         raise UserError(f"{source.path}: holds no .jpg; give BSR_bsds500.tgz or its folder images")
+    if len(names) != 500:
+        print(f"note: BSDS500 has 500 photographs, {source.path} has {len(names)}", file=sys.stderr)
     return [source.parse(name, parse_image) for name in names]
 
 
