@@ -3,6 +3,7 @@
   python3 p2_train.py --data hw2_data/digits/mnistm                     # our recipe; a GPU: minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --max-minutes 100   # stop, annealed, after 100 minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --recipe report     # the report's own recipe
+  python3 p2_train.py --init checkpoints/p2_unet.safetensors --max-minutes 100   # go on from finished weights
   python3 p2_train.py --resume runs/p2_000                              # go on after Ctrl-C or a kill
 
 --data is a folder with data/ and train.csv, or with packed mosaics (see datasets/images.py). Runs on the CPU or on one
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.checkpoint import history, load_network
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
 from common.errors import UserError, run_main
@@ -59,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--drop-per", choices=("sample", "batch"), help="* drop labels one by one, or a batch's at once"
     )
     parser.add_argument("--anneal", action=boolean, help="* the learning rate falls to 0 over the second half")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="start from these weights, not from random ones")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the network; the report has 64")
     add_sample_options(parser)
     add_common_options(parser)
@@ -118,13 +121,22 @@ class DiffusionTrainer(Trainer):
             raise UserError(f"{o.data}: {len(images) + len(held_out)} training digits; at least 20 are needed")
         self.images, self.labels = images.to(device), labels.to(device)
         torch.manual_seed(o.seed)  # weights are drawn on the CPU: the same on every device
-        self.network = UNet_conditional(dim=o.dim).to(device, memory_format=torch.channels_last)
+        before = None
+        if o.init and not o.resume:
+            self.network, card = load_network(o.init, {"unet": UNet_conditional})
+            before = history(card)
+            if card["config"] != {"dim": o.dim}:
+                raise UserError(f"{o.init}: holds a network of {card['config']}; give the same --dim")
+            self.network.train()
+        else:
+            self.network = UNet_conditional(dim=o.dim)
+        self.network.to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.network, o.ema)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), o.lr, fused=True)
         self.process = Process()
         self.weight = min_snr_weight(self.process, o.gamma).to(device) if o.gamma else None
         parts: dict[str, Part] = {"network": self.network, "average": self.average, "optimiser": self.optimiser}
-        super().__init__("p2", o, device, describe(images), parts)
+        super().__init__("p2", o, device, describe(images), parts, before)
         self.judge = Judge(held_out, device, o.data) if o.eval_images else None
 
     @property

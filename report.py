@@ -26,7 +26,7 @@ import torch
 import p1_test
 import p1_train
 import p2_train
-from common.checkpoint import load_network, load_weights
+from common.checkpoint import history, load_network, load_weights
 from common.errors import UserError, run_main
 from common.files import atomic, make_folder
 from common.pictures import plot_curves, save_png, sheet
@@ -90,10 +90,10 @@ def rows_of(path: Path, file: Path | None = None, **key: object) -> list[dict]:
 
 
 def training(card: dict) -> str:
-    """Steps, batch size, minutes and hardware, from a weight file's card."""
-    return (
-        f"{card['steps']:,} steps of {card['options']['batch_size']}, {card['minutes']:.0f} min on {card['hardware']}"
-    )
+    """Steps, batch size, minutes and hardware, from a weight file's card; sums over the runs that led to it."""
+    runs = history(card)
+    steps, minutes = (sum(run[name] for run in runs) for name in ("steps", "minutes"))
+    return f"{steps:,} steps of {card['options']['batch_size']}, {minutes:.0f} min on {card['hardware']}"
 
 
 def column(rows: list[dict], name: str) -> list[float]:

@@ -89,6 +89,11 @@ def load_network(path: Path, kinds: dict[str, Callable[..., nn.Module]]) -> tupl
     return network.eval(), card
 
 
+def history(card: dict) -> list[dict]:
+    """The runs that led to a weight file, oldest first: command, commit, steps, minutes, hardware of each."""
+    return [*card.get("before", []), {k: card[k] for k in ("command", "commit", "steps", "minutes", "hardware")}]
+
+
 def save_state(path: Path, state: dict) -> None:
     """Write a training state (tensors, numbers, strings, nested) in one rename."""
     with atomic(path) as temporary:

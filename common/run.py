@@ -19,7 +19,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import atomic, make_folder
 
-FREE_ON_RESUME = {"resume", "device", "data", "save_every", "out"}  # these may differ; the rest define the result
+BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
+FREE_ON_RESUME = {"resume", "device", "data", "save_every", "out", *BUDGET}  # the rest define the result
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -122,21 +123,27 @@ class Run:
         self.metrics_path = self.folder / "metrics.csv"
 
     @classmethod
-    def start(cls, name: str, options: argparse.Namespace) -> "Run":
+    def start(cls, name: str, options: argparse.Namespace, before: list[dict] | None = None) -> "Run":
+        """``before`` tells of the runs whose weights this one starts from."""
+        this = {"command": shlex.join(["python3", *sys.argv]), "commit": git_commit()}
         if options.resume:
-            return cls(options.resume)
-        out = make_folder(options.out)
-        number = 1 + max((int(p.name[-3:]) for p in out.glob(f"{name}_[0-9][0-9][0-9]")), default=-1)
-        run = cls(out / f"{name}_{number:03d}")
-        make_folder(run.folder / "samples")
-        record = {"command": shlex.join(["python3", *sys.argv]), "commit": git_commit(), "options": to_json(options)}
+            run = cls(options.resume)
+            record = run.record
+            record["options"] |= {k: getattr(options, k) for k in BUDGET if hasattr(options, k)}
+            record["resumed"] = [*record.get("resumed", []), this]
+        else:
+            out = make_folder(options.out)
+            number = 1 + max((int(p.name[-3:]) for p in out.glob(f"{name}_[0-9][0-9][0-9]")), default=-1)
+            run = cls(out / f"{name}_{number:03d}")
+            make_folder(run.folder / "samples")
+            record = this | {"options": to_json(options)} | ({"before": before} if before else {})
         with atomic(run.folder / "options.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return run
 
     @property
     def record(self) -> dict:
-        """What options.json holds: the command and commit that started the run, and its options."""
+        """What options.json holds: command and commit that started the run, its options, what resumed it."""
         return json.loads((self.folder / "options.json").read_text(encoding="utf-8"))
 
     def log(self, row: dict[str, object]) -> None:

@@ -39,11 +39,20 @@ class Trainer:
     selects: str  # the score whose smallest value marks the best weights
     panels: tuple[tuple[str, ...], ...]  # columns drawn together in curves.png
 
-    def __init__(self, name: str, o: argparse.Namespace, device: torch.device, data_id: str, parts: dict[str, Part]):
-        """``name`` of the run folder, options, device, a key of the training data, and all that training changes."""
+    def __init__(
+        self,
+        name: str,
+        o: argparse.Namespace,
+        device: torch.device,
+        data_id: str,
+        parts: dict[str, Part],
+        before: list[dict] | None = None,
+    ):
+        """``name`` of the run folder, options, device, a key of the training data, all that training changes, and the
+        runs whose weights it starts from."""
         self.o, self.device, self.data_id, self.parts = o, device, data_id, parts
         self.step, self.factor, self.best, elapsed = 0, 1.0, None, 0.0
-        self.run = Run.start(name, o)
+        self.run = Run.start(name, o, before)
         if o.resume:
             elapsed = self.restore()
         self.budget = Budget(o.steps, o.max_minutes, elapsed)
@@ -109,6 +118,7 @@ class Trainer:
             "torch": str(torch.__version__),
             "held_out_scores": scores,
         }
+        card |= {k: record[k] for k in ("resumed", "before") if k in record}
         save_weights(self.run.folder / f"{name}.safetensors", state, card)
 
     def best_network(self, kinds: dict[str, Callable[..., nn.Module]]) -> nn.Module:

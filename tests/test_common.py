@@ -202,6 +202,11 @@ def test_run_folders_are_numbered_and_rows_after_a_step_are_dropped(tmp_path, mo
     runs = [Run.start("p1", o) for _ in range(2)]
     assert [r.folder.name for r in runs] == ["p1_000", "p1_001"]
     assert runs[1].record["command"] == "python3 p1_train.py --lr 1"
+    monkeypatch.setattr(sys, "argv", ["p1_train.py", "--resume", "x", "--max-minutes", "9"])
+    record = Run.start("p1", argparse.Namespace(out=tmp_path, resume=runs[1].folder, max_minutes=9.0)).record
+    assert record["command"] == "python3 p1_train.py --lr 1"
+    assert record["resumed"][0]["command"] == "python3 p1_train.py --resume x --max-minutes 9"
+    assert record["options"]["max_minutes"] == 9
     for step in (10, 20, 30):
         runs[0].log({"step": step, "loss": step / 7})
     runs[0].forget_after(20)

@@ -85,6 +85,21 @@ def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
             assert torch.equal(tensor, b["parts"][part][key]), (part, key)
 
 
+def test_training_goes_on_from_finished_weights(digits, tmp_path, mean_inception):
+    """The first update starts where the given weights are, and the new card tells of the run that made them."""
+    assert train(digits, tmp_path, "--steps", 2, "--eval-images", 0).code == 0
+    first = tmp_path / "p2_000" / "last.safetensors"
+    options = ("--init", first, "--steps", 1, "--lr", 1e-12, "--eval-images", 0, "--ema", 0)
+    assert train(digits, tmp_path, *options).code == 0
+    (before, _), (after, card) = load_weights(first), load_weights(tmp_path / "p2_001" / "last.safetensors")
+    assert all(torch.allclose(before[k], after[k], atol=1e-3) for k in before)
+    (run_before,) = card["before"]
+    assert run_before["steps"] == 2
+    assert run_before["command"].endswith("--steps 2 --eval-images 0")
+    assert_user_error(train(digits, tmp_path, "--init", tmp_path / "none.safetensors"), "none.safetensors")
+    assert_user_error(run(p2_train.main, "--data", digits, "--out", tmp_path, "--init", first), first, "--dim")
+
+
 def test_resume_refuses_other_options(digits, tmp_path, mean_inception):
     assert train(digits, tmp_path, "--steps", 1, "--eval-images", 0).code == 0
     outcome = run(p2_train.main, "--resume", tmp_path / "p2_000", "--lr", 1, "--gamma", 0)

@@ -25,6 +25,7 @@ def study(tmp_path, monkeypatch):
     for name in ("CHECKPOINTS", "RESULTS", "HERE"):
         monkeypatch.setattr(report, name, {"CHECKPOINTS": checkpoints, "RESULTS": results}.get(name, tmp_path))
     common = {"steps": 1234, "minutes": 5.2, "hardware": "an abacus", "options": {"batch_size": 16}}
+    common |= {"command": "python3 p1_train.py", "commit": "abc"}
     torch.manual_seed(0)
     for name in ("sngan", "dcgan"):
         config = {"z_dim": 3, "dim": 2}
