@@ -78,6 +78,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--steps {o.steps}: the process has T = {T}; give at most so many")
     if not 1 <= o.power <= 10:
         raise UserError(f"--power {o.power}: from 1 (even steps) to 10; 1 to 2 make sense")
+    if not 1 <= o.guide[0] <= o.guide[1] <= T:
+        raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
     if o.record:
         if not o.evaluate:
             raise UserError("--record: needs scores; add --evaluate hw2_data/digits/mnistm")

@@ -297,6 +297,8 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
         (("--steps", 601), "--steps 601"),
         (("--power", 0.5), "--power 0.5"),
         (("--power", "nan"), "--power nan"),
+        (("--guide", 400, 100), "--guide 400 100"),
+        (("--guide", 1, 601), "--guide 1 601"),
         (("--sampler", "ddpm"), "--steps 2"),
         (("--digits", "3a"), "--digits 3a"),
         (("--digits", "33"), "--digits 33"),
