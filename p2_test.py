@@ -52,10 +52,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         "--guide",
         type=int,
         nargs=2,
-        default=(1, 600),
         metavar="T",
         help="lowest, highest t with guidance (default: all)",
     )
+    parser.add_argument("--eta", type=float, default=0.0, help="fresh noise in ddim: 0 none, 1 as ddpm (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
     parser.add_argument("--trajectory", type=Path, metavar="FILE", help="draw the reverse process of the first image")
@@ -78,6 +78,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--steps {o.steps}: the process has T = {T}; give at most so many")
     if not 1 <= o.power <= 10:
         raise UserError(f"--power {o.power}: from 1 (even steps) to 10; 1 to 2 make sense")
+    if not 0 <= o.eta <= 1 or (o.eta and o.sampler != "ddim"):
+        raise UserError(f"--eta {o.eta}: from 0 to 1, for --sampler ddim only")
+    o.guide = tuple(o.guide or (1, T))
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
     if o.record:
@@ -96,6 +99,7 @@ def solve(
     generators: list[torch.Generator],
     device: torch.device,
     watch: Watch | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """x_0 (N, 3, 28, 28), one for each of the CPU ``generators``, from which x_T and all later noise is drawn.
 
@@ -108,8 +112,9 @@ def solve(
 
     if sampler == "ddpm":
         return ddpm(predict, draw(process.T), process, draw, watch)
-    solver = {"ddim": ddim, "dpm++": dpm_solver_pp}[sampler]
-    return solver(predict, draw(process.T), process, steps, watch)
+    if sampler == "ddim":
+        return ddim(predict, draw(process.T), process, steps, watch, eta, draw)
+    return dpm_solver_pp(predict, draw(process.T), process, steps, watch)
 
 
 def image_generators(seed: int, digit: int, numbers: range) -> list[torch.Generator]:
@@ -123,7 +128,7 @@ def generate(
 ) -> Tensor:
     """Images 1 ... ``per_digit`` of each digit, uint8 (len(digits) * per_digit, 3, 28, 28) on the CPU, by digit.
 
-    ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, w, guide, seed and bf16. Every
+    ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, eta, w, guide, seed and bf16. Every
     forward pass has exactly SLICE images of one digit.
     """
     images = []
@@ -136,7 +141,7 @@ def generate(
             for start in starts:
                 generators = image_generators(o.seed, digit, range(start, start + SLICE))
                 with autocast(device, o.bf16):
-                    parts.append(to_uint8(solve(predict, o.sampler, steps, generators, device)))
+                    parts.append(to_uint8(solve(predict, o.sampler, steps, generators, device, eta=o.eta)))
                 progress.update(min(SLICE, per_digit - start + 1))
             images.append(torch.cat(parts)[:per_digit])
     return torch.cat(images)
@@ -257,7 +262,7 @@ def main() -> None:
     if judge:
         scores = judge([o.out / name for name in names], labels, o.neighbours)
         if o.record:
-            settings = ("sampler", "steps", "power", "w", "guide", "digits", "per_digit", "seed")
+            settings = ("sampler", "steps", "power", "eta", "w", "guide", "digits", "per_digit", "seed")
             key = {"weights": o.weights.stem} | {name: getattr(o, name) for name in settings}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)
 

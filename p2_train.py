@@ -42,7 +42,7 @@ RECIPES = {
 }
 HELD_OUT = 2000  # training digits kept for choosing a checkpoint
 # Samples during training; their seed is none that generated digits are reported for.
-EVAL = argparse.Namespace(sampler="dpm++", steps=10, power=1.0, w=2.0, guide=(1, 600), seed=-2)
+EVAL = argparse.Namespace(sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), seed=-2)
 COLOURS = ("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
 
 

@@ -152,7 +152,8 @@ def samplers_table() -> str:
         low, high = key["guide"]
         guided = "" if key["w"] == 0 else "all" if (low, high) == (1, 600) else f"{low} to {high}"
         count = len(key["digits"]) * key["per_digit"]
-        cells = [key["sampler"], key["steps"], key["power"], f"{key['w']:g}", guided, count]
+        name = f"{key['sampler']}, eta {key['eta']:g}" if key["eta"] else key["sampler"]
+        cells = [name, key["steps"], key["power"], f"{key['w']:g}", guided, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         cost = f"{1000 * scores['seconds'] / count:.0f}"
         lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, cost])

@@ -127,17 +127,31 @@ def ddpm(
     return x
 
 
-def ddim(predict: Predict, x: Tensor, process: Process, steps: Sequence[int], watch: Watch | None = None) -> Tensor:
-    """Deterministic sampling along ``steps`` (descending, T to 0): DDIM, eq. 12 with sigma = 0.
-
-    Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502). x_0 is clamped, and eps
+def ddim(
+    predict: Predict,
+    x: Tensor,
+    process: Process,
+    steps: Sequence[int],
+    watch: Watch | None = None,
+    eta: float = 0.0,
+    draw: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Sampling along ``steps`` (descending, T to 0): DDIM, eq. 12, with sigma of eq. 16. x_0 is clamped, and eps
     derived from it again.
+
+    Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502). ``eta`` = 0 is deterministic; with 1,
+    along all T steps, it is ancestral sampling. ``draw(t)`` -> standard normal noise like x, needed for eta > 0.
     """
     if watch:
         watch(steps[0], x)
     for t, s in pairwise(steps):
         x_0 = process.to_x_0(x, t, predict(x, t))
-        x = process.signal(s) * x_0 + process.sigma(s) * process.to_eps(x, t, x_0)
+        now, then = float(process.alpha_bar[t]), float(process.alpha_bar[s])
+        sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
+        eps = process.to_eps(x, t, x_0)
+        x = process.signal(s) * x_0 + math.sqrt(1 - then - sigma**2) * eps
+        if draw and sigma > 0:
+            x = x + sigma * draw(t)
         if watch:
             watch(s, x)
     return x

@@ -138,6 +138,15 @@ def test_ancestral_sampling_gives_the_data_distribution():
     assert x.std().item() == pytest.approx(STD, rel=0.06)
 
 
+def test_ddim_with_all_steps_and_noise_is_ancestral_sampling():
+    x_T, noise = normal(100, 1, 1, 1), {t: normal(100, 1, 1, 1, seed=t) for t in range(1, 601)}
+    ancestral = ddpm(predict_gaussian, x_T, PROCESS, noise.get)
+    steps = timesteps(PROCESS, 600)
+    assert torch.allclose(ddim(predict_gaussian, x_T, PROCESS, steps, eta=1, draw=noise.get), ancestral, atol=1e-9)
+    some = ddim(predict_gaussian, x_T, PROCESS, steps, eta=0.5, draw=noise.get)
+    assert not torch.allclose(some, ancestral, atol=1e-3)
+
+
 def test_one_exact_prediction_is_enough():
     """With the true noise, every sampler returns the image."""
     x_0, eps = normal(2, 3, 4, 4).clamp(-1, 1), normal(2, 3, 4, 4, seed=1)

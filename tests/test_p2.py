@@ -213,7 +213,7 @@ def pictures(folder) -> dict[str, bytes]:
 
 
 def test_writes_the_files_the_graders_expect(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(p2_test, "solve", lambda *_: torch.rand(10, 3, 28, 28))
+    monkeypatch.setattr(p2_test, "solve", lambda *_, **__: torch.rand(10, 3, 28, 28))
     assert generate(weights, tmp_path / "out").code == 0
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == sorted(f"{d}_{i:03d}.png" for d in range(10) for i in range(1, 101))
@@ -297,6 +297,7 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
         (("--steps", 601), "--steps 601"),
         (("--power", 0.5), "--power 0.5"),
         (("--power", "nan"), "--power nan"),
+        (("--eta", 0.5), "--eta 0.5"),
         (("--guide", 400, 100), "--guide 400 100"),
         (("--guide", 1, 601), "--guide 1 601"),
         (("--sampler", "ddpm"), "--steps 2"),

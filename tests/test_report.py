@@ -13,7 +13,7 @@ from models import dcgan
 from models.unet import UNet_conditional
 from tests.helpers import ROOT, assert_user_error, run
 
-DIGITS = {"sampler": "dpm++", "steps": 8, "power": 1.0, "w": 2.0, "guide": [1, 600], "digits": "0123456789"}
+DIGITS = {"sampler": "dpm++", "steps": 8, "power": 1.0, "eta": 0.0, "w": 2.0, "guide": [1, 600], "digits": "0123456789"}
 
 
 @pytest.fixture
