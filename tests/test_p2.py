@@ -205,7 +205,8 @@ def weights(tmp_path_factory):
 
 
 def generate(weights, out, *options: object):
-    return run(p2_test.main, "--weights", weights, "--out", out, "--device", "cpu", "--steps", 2, *options)
+    common = ("--weights", weights, "--out", out, "--device", "cpu", "--sampler", "dpm++", "--steps", 2)
+    return run(p2_test.main, *common, *options)
 
 
 def pictures(folder) -> dict[str, bytes]:
@@ -247,6 +248,18 @@ def test_ancestral_sampling_repeats_itself(weights, tmp_path, monkeypatch):
     a, b = pictures(tmp_path / "a"), pictures(tmp_path / "b")
     assert len(set(a.values())) == 4
     assert b == {"2_001.png": a["2_001.png"]}
+
+
+def test_settings_without_and_with_a_sampler():
+    def settings(*argv):
+        o = p2_test.parse_options(["--out", "x", *argv])
+        return {name: getattr(o, name) for name in p2_test.FAST}
+
+    assert settings() == p2_test.FAST
+    assert settings("--w", "1") == p2_test.FAST | {"w": 1}
+    usual = {"sampler": "dpm++", "steps": 20, "eta": 0, "w": 2, "guide": (1, 600)}
+    assert settings("--sampler", "dpm++") == usual
+    assert settings("--sampler", "ddpm") == usual | {"sampler": "ddpm", "steps": 600}
 
 
 def test_figures(weights, tmp_path, monkeypatch):
