@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import UserError, run_main
-from common.files import make_folder
+from common.files import check_writable, make_folder
 from common.pictures import plot_strip, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
 from common.run import positive_int
@@ -246,6 +246,7 @@ def main() -> None:
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)
     judge = Judge(o.evaluate, o.classifier, device) if o.evaluate else None
 
+    check_writable(o.out)
     start = time.monotonic()
     images = generate(network, digits, o.per_digit, o, device)
     seconds = time.monotonic() - start

@@ -130,7 +130,7 @@ def digits_table() -> str:
     if not rows:
         return "Not measured yet: results/digits.json has no rows of 1,000 digits for these weights."
     accuracy = f"{mean_and_spread(column(rows, 'accuracy'), 2)} %"
-    lines = [[f"read correctly by the classifier, {len(rows)} seeds", accuracy, ""]]
+    lines = [[f"read correctly by the classifier, {len(rows)} sampling seed(s)", accuracy, ""]]
     for name in distances(rows[0]):
         floor = f"{rows[0]['scores'][f'{name}_floor']:.4f}"
         lines.append([f"{name} to 2,000 validation digits", mean_and_spread(column(rows, name), 3), floor])

@@ -35,3 +35,13 @@ def make_folder(path: Path) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path}: is (or lies under) a file, not a folder; choose another output folder") from None
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError when nothing can be written to ``folder``, or where it would be made. For use before long work."""
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    if place.is_dir():
+        with tempfile.TemporaryFile(dir=place):
+            pass

@@ -325,6 +325,11 @@ def test_wrong_options(weights, tmp_path, options, part):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_folder_that_cannot_be_made_is_known_before_generating(weights, monkeypatch):
+    monkeypatch.setattr(p2_test, "generate", lambda *_, **__: pytest.fail("generated first"))
+    assert_user_error(generate(weights, "/proc/digits"), "/proc")
+
+
 def test_wrong_files(weights, digits, tmp_path, mean_inception):
     out = tmp_path / "out"
     assert_user_error(generate(tmp_path / "none.safetensors", out), "none.safetensors", "no such weight file")
