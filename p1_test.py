@@ -42,10 +42,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add_record_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     o = parser.parse_args(argv)
-    if (o.record or o.real) and not o.evaluate:
-        raise UserError(f"--{'record' if o.record else 'real'}: is about scores; add --evaluate hw2_data/face")
-    if o.record:
-        check_record(o.record)
+    check_record(o.record, bool(o.evaluate))
+    if o.real and not o.evaluate:
+        raise UserError("--real: is about scores; add --evaluate hw2_data/face")
     return o
 
 
@@ -110,14 +109,11 @@ def main() -> None:
     o = parse_options(sys.argv[1:])
     device = pick_device(o.device)
     torch.backends.cudnn.allow_tf32 = False
+    generator = None if o.real else load_network(o.weights, {"sngan": Generator, "dcgan": Generator})[0].to(device)
     if o.evaluate and o.count < 2:
         raise UserError(f"--count {o.count}: a Fréchet distance needs at least 2 images")
     judge = Judge(o.evaluate, device) if o.evaluate else None
-    if o.real:
-        images = real_faces(o.evaluate, o.count)
-    else:
-        generator, _ = load_network(o.weights, {"sngan": Generator, "dcgan": Generator})
-        images = generate(generator.to(device), o.count, o.seed, device)
+    images = generate(generator, o.count, o.seed, device) if generator else real_faces(o.evaluate, o.count)
     names = [f"{i:04d}.png" for i in range(1, o.count + 1)]
     save_images(images, names, o.out)
     if o.sheet:

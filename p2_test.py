@@ -63,17 +63,17 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
     o = parser.parse_args(argv)
-    for name, value in (USUAL if o.sampler else FAST).items():
-        if getattr(o, name) is None and (name, o.sampler) != ("steps", "ddpm"):
+    T = Process().T
+    defaults = USUAL | ({"steps": T} if o.sampler == "ddpm" else {}) if o.sampler else FAST
+    for name, value in defaults.items():
+        if getattr(o, name) is None:
             setattr(o, name, value)
     if not o.digits or set(o.digits) - set("0123456789") or len(set(o.digits)) < len(o.digits):
         raise UserError(f"--digits {o.digits}: give each digit once, such as 0123456789")
     if not -1 <= o.w <= 100:
         raise UserError(f"--w {o.w}: from -1 (no label) over 0 (no guidance) to 100; 0 to 4 make sense")
-    T = Process().T
-    if o.sampler == "ddpm" and o.steps not in (None, T):
+    if o.sampler == "ddpm" and o.steps != T:
         raise UserError(f"--steps {o.steps}: ddpm takes all {T}; leave --steps out, or use --sampler ddim")
-    o.steps = T if o.sampler == "ddpm" else o.steps
     if o.steps > T:
         raise UserError(f"--steps {o.steps}: the process has T = {T}; give at most so many")
     if not 1 <= o.power <= 10:
@@ -83,10 +83,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     o.guide = tuple(o.guide or (1, T))
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
-    if o.record:
-        if not o.evaluate:
-            raise UserError("--record: needs scores; add --evaluate hw2_data/digits/mnistm")
-        check_record(o.record)
+    check_record(o.record, bool(o.evaluate))
     if o.neighbours and not o.evaluate:
         raise UserError("--neighbours: needs the training digits; add --evaluate hw2_data/digits/mnistm")
     return o

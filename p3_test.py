@@ -52,10 +52,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         parser.error("give --images and --out, or --tsne")
     if o.images and not o.out:
         parser.error("--images needs --out, the CSV file to write")
-    if o.record:
-        if not o.evaluate:
-            parser.error("--record needs --evaluate, the true labels")
-        check_record(o.record)
+    check_record(o.record, bool(o.evaluate))
     if o.tsne and not o.images and not o.target:
         parser.error("--tsne needs --target")
     return o
@@ -103,8 +100,8 @@ class Reader:
 
     def see(self, images: Tensor) -> Iterator[Tensor]:
         """Batches of uint8 (N, 3, 28, 28) as the network sees them, on its device."""
+        o = self.options
         for batch in images.split(SLICE):
-            o = self.options
             yield digit_input(batch.to(self.device), o["size"], o["standardise"], o["gray"])
 
     @torch.inference_mode()

@@ -11,7 +11,6 @@ that need none are still built, and the others say what they need.
 
 import argparse
 import hashlib
-import json
 import shlex
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ import p1_train
 import p2_train
 from common.checkpoint import history, load_network, load_weights
 from common.errors import UserError, run_main
-from common.files import atomic, make_folder
+from common.files import atomic, make_folder, read_json, write_json
 from common.pictures import plot_curves, save_png, sheet
 from common.results import read_results, weights_id
 from datasets.images import find_mosaics, fingerprint
@@ -212,7 +211,7 @@ def build_faces(o: argparse.Namespace) -> str:
         text.append(f"### {title}\n\n{training(card)}. The first 32 faces of seed 0:\n\n![{title}](faces_{name}.png)")
         metrics = RESULTS / f"p1_{name}_metrics.csv"
         if metrics.exists():
-            plot_curves(metrics, o.out / f"curves_{name}.png", p1_train.GanTrainer.panels, f"{title}, training")
+            plot_curves(metrics, o.out / f"curves_{name}.png", p1_train.FaceTrainer.panels, f"{title}, training")
             text.append(f"![training curves of the {title}](curves_{name}.png)")
     return "\n\n".join(text)
 
@@ -257,7 +256,8 @@ def build_adaptation(o: argparse.Namespace) -> str:
 
 
 def observations(_o: argparse.Namespace) -> str:
-    return (RESULTS / "observations.md").read_text(encoding="utf-8").strip()
+    path = RESULTS / "observations.md"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "Not written yet."
 
 
 PARTS = {
@@ -352,10 +352,7 @@ def main() -> None:
     o = build_parser().parse_args(sys.argv[1:])
     make_folder(o.out)
     state = o.out / ".parts.json"
-    try:
-        known = json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = read_json(state) or {}
     for name, part in PARTS.items():
         chosen = not o.only or name in o.only
         if not chosen or (not o.measure and known.get(name, {}).get("key") == part_key(part, o)):
@@ -363,8 +360,7 @@ def main() -> None:
         print(f"{name}:", flush=True)
         text = part.build(o)
         known[name] = {"key": part_key(part, o), "text": text}  # measured rows are part of the key
-        with atomic(state) as temporary:
-            temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        write_json(state, known)
         write(o, {name: entry["text"] for name, entry in known.items()})
     print(f"{o.out / 'README.md'}: up to date")
 

@@ -1,5 +1,6 @@
 """Writing files so that nothing half-written is ever left under its final name."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ def make_folder(path: Path) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path}: is (or lies under) a file, not a folder; choose another output folder") from None
     return path
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file; None when it is missing, damaged or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, content: dict) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_writable(folder: Path) -> None:

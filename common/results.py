@@ -41,8 +41,12 @@ def read_results(path: Path) -> list[dict]:
     return rows
 
 
-def check_record(path: Path) -> None:
-    """Raises UserError when ``path`` cannot take a row, before anything is measured."""
+def check_record(path: Path | None, scored: bool) -> None:
+    """Raises UserError when --record is given and cannot take a row, before anything is measured."""
+    if path is None:
+        return
+    if not scored:
+        raise UserError("--record: needs scores; add --evaluate")
     make_folder(path.parent)
     if path.exists():
         read_results(path)

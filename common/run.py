@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic, make_folder
+from common.files import atomic, make_folder, write_json
 
 BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
 FREE_ON_RESUME = {"resume", "device", "data", "save_every", "out", *BUDGET}  # the rest define the result
@@ -137,8 +137,7 @@ class Run:
             run = cls(out / f"{name}_{number:03d}")
             make_folder(run.folder / "samples")
             record = this | {"options": to_json(options)} | ({"before": before} if before else {})
-        with atomic(run.folder / "options.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(run.folder / "options.json", record)
         return run
 
     @property

@@ -14,7 +14,6 @@ Any mode is converted: gray, palette and transparent images become RGB (transpar
 import csv
 import hashlib
 import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic
+from common.files import atomic, check_writable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 COLUMNS = 50  # tiles per row of a mosaic
@@ -135,8 +134,8 @@ def fingerprint(paths: list[Path], *settings: object) -> str:
 def is_writable(folder: Path) -> bool:
     """Whether a file can really be made in ``folder`` (root passes every permission check, even read-only mounts)."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
+        check_writable(folder)
+        return folder.is_dir()
     except OSError:
         return False
 

@@ -19,7 +19,6 @@ validation image can stand in a training image, as in the course's own split.
 
 import argparse
 import csv
-import json
 import math
 import shutil
 import sys
@@ -35,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import UserError, run_main
-from common.files import atomic, make_folder
+from common.files import make_folder, read_json, write_json
 from common.pictures import save_png, sheet
 from common.run import positive_int
 from datasets import digits, faces
@@ -239,20 +238,6 @@ def finish(folder: Path, plan: Plan) -> str:
     images = np.stack([parse_image((folder / plan.files[i]).read_bytes()) for i in shown])
     save_png(sheet(torch.from_numpy(images).permute(0, 3, 1, 2), columns=10), folder / "contact_sheet.png")
     return "\n".join(lines)
-
-
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file; None when it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, content: dict) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

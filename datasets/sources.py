@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
+from common.files import make_folder
 from datasets.images import UNREADABLE
 
 FIRST_OF_VAL, FIRST_OF_TEST = 162_771, 182_638  # file numbers at which CelebA's official partition changes
@@ -110,7 +111,7 @@ def download(name: str, folder: Path, bsds_sha256: str = "") -> Path:
     import torch.hub
     from torchvision import datasets
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         if name == "mnist":
             datasets.MNIST(folder, download=True)

@@ -274,4 +274,4 @@ def test_foreign_result_files(tmp_path, content):
         read_results(path)
     path.write_text(content)
     with pytest.raises(UserError, match="not a result file"):
-        check_record(path)
+        check_record(path, scored=True)

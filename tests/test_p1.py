@@ -294,6 +294,12 @@ def test_wrong_weights(weights, tmp_path):
     assert not out.exists()
 
 
+def test_missing_weights_are_named_before_anything_is_scored(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(p1_test, "Judge", lambda *_: pytest.fail("read the data first"))
+    options = ("--out", tmp_path / "out", "--evaluate", faces, "--weights", tmp_path / "none.safetensors")
+    assert_user_error(run(p1_test.main, *options), "none.safetensors", "no such weight file")
+
+
 def test_wrong_output_folder(weights, tmp_path):
     file = tmp_path / "file"
     file.write_text("keep me")

@@ -56,6 +56,8 @@ def study(tmp_path, monkeypatch):
 
     rows("adaptation.json", *((trained("dann-st", s), {"accuracy": 97.0 + s}, "x") for s in range(3)))
     (results / "observations.md").write_text("It was observed.\n")
+    for name in ("p1_sngan", "p1_dcgan", "p2_unet"):
+        (results / f"{name}_metrics.csv").write_text("step,loss,loss_d,fd\n1,2,3,\n2,1,2,0.5\n")
     return tmp_path
 
 
@@ -87,7 +89,7 @@ def test_without_data_everything_known_is_built(study, capsys):
     assert "p3_usps.safetensors is missing" in text
     assert "It was observed." in text
     assert "not measured: p2_test.py --grid" in capsys.readouterr().out  # its figures are not there
-    for name in ("faces_sngan.png", "faces_dcgan.png"):
+    for name in ("faces_sngan.png", "faces_dcgan.png", "curves_sngan.png", "curves_dcgan.png", "curves_unet.png"):
         assert f"({name})" in text
         assert (study / "report" / name).is_file()
 
