@@ -129,13 +129,16 @@ def write_labels(paths: list[Path], labels: list[int], out: Path) -> None:
 
 
 def print_scores(names: list[str], guesses: list[int], truth: dict[str, int], path: Path) -> float:
-    """Print accuracy, accuracy of each class and the confusion matrix; returns the accuracy in percent."""
-    missing = [name for name in names if name not in truth]
+    """Print accuracy on the images of the list, accuracy of each class and the confusion matrix; returns the accuracy
+    in percent. Raises UserError when the list names an image that was not classified."""
+    guessed = dict(zip(names, guesses, strict=True))
+    missing = [name for name in truth if name not in guessed]
     if missing:
-        raise UserError(f"{path}: lacks {len(missing)} of the images, such as {missing[0]}; give the list that fits")
+        where = f"lists {len(missing)} images that were not read: {name_some(missing)}"
+        raise UserError(f"{path}: {where}; give the list that fits")
     matrix = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
-    for name, guess in zip(names, guesses, strict=True):
-        matrix[truth[name], guess] += 1
+    for name, label in truth.items():
+        matrix[label, guessed[name]] += 1
     accuracy = float(100 * matrix.trace() / matrix.sum())
     print(f"accuracy {accuracy:.3f} % of {matrix.sum()} images")
     print("true \\ read" + "".join(f"{c:6d}" for c in range(CLASSES)) + "     right")
@@ -195,7 +198,7 @@ def main() -> None:
         if truth is not None:
             accuracy = print_scores([p.name for p in paths], guesses, truth, o.evaluate)
             if o.record:
-                key = {name: reader.options[name] for name in ("method", "target", "seed")}
+                key = {"target": target} | {name: reader.options[name] for name in ("method", "network", "seed")}
                 key |= {"training": reader.card["command"], "checkpoint": weights.stem, "scored": o.evaluate.stem}
                 record(o.record, key, {"accuracy": accuracy}, weights, device)
     if o.tsne:

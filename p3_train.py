@@ -2,8 +2,8 @@
 
   python3 p3_train.py --method dann    --target svhn    # plain DANN: labels of the source, images of the target
   python3 p3_train.py --method dann-st --target svhn    # our best: DANN and self-training
-  python3 p3_train.py --method source  --target svhn    # lower bound: ResNet34 on MNIST-M alone
-  python3 p3_train.py --method target  --target svhn    # upper bound: ResNet34 on the target's labels
+  python3 p3_train.py --method source  --target svhn    # lower bound: trained on MNIST-M alone
+  python3 p3_train.py --method target  --target svhn    # upper bound: trained on the target's labels
   python3 p3_train.py --resume runs/p3_dann-st_svhn_000
 
 --data is a folder with mnistm/, svhn/ and usps/. Adaptation receives target training images and no target label; its
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
-from common.errors import run_main
+from common.errors import UserError, run_main
 from common.run import add_common_options, parse_with_resume, positive_int
 from common.trainer import Trainer
 from datasets.augment import digit_input, geometry, intensity, neighbours, soften
@@ -43,11 +43,15 @@ HELD_OUT = 2000  # source images (or target images, for the upper bound) kept fo
 SCORED = 3000  # target training images on which the label-free validator looks
 RAMP = 0.15  # self-training starts after this share of the budget
 RECIPES = {
-    "source": {"steps": 1000, "lr": 1e-3, "weight_decay": 5e-2, "size": 28, "ema": 0.99},
-    "target": {"steps": 1000, "lr": 1e-3, "weight_decay": 5e-2, "size": 28, "ema": 0.99},
+    "source": {"steps": 1500, "ema": 0.99},
+    "target": {"steps": 1500, "ema": 0.99, "geometry": True},
     "dann": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.99, "adversary": 1.0},
     "dann-st": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.995, "adversary": 0.3}
     | {"intensity": True, "geometry": True, "separate": True, "self_training": 1.0, "soften": True},
+}
+FOR_NETWORK = {  # of the baselines
+    "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
+    "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
 }
 FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}  # and these for dann-st
 
@@ -57,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--method", choices=RECIPES, default="dann-st", help="decides the defaults marked *")
     parser.add_argument("--target", choices=("svhn", "usps"), default="svhn")
+    parser.add_argument("--network", choices=FOR_NETWORK, default="resnet34", help="of the baselines source and target")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="folder with mnistm, svhn, usps")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images of each domain per update")
@@ -89,7 +94,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 def recipe(o: argparse.Namespace) -> dict[str, object]:
-    return RECIPES[o.method] | (FOR_TARGET[o.target] if o.method == "dann-st" else {})
+    if o.method in ("source", "target"):
+        return FOR_NETWORK[o.network] | RECIPES[o.method]
+    return {"network": "dann"} | RECIPES[o.method] | (FOR_TARGET[o.target] if o.method == "dann-st" else {})
 
 
 class DigitTrainer(Trainer):
@@ -139,7 +146,7 @@ class DigitTrainer(Trainer):
 
 
 class SupervisedTrainer(DigitTrainer):
-    """ResNet34 on the labels of one domain: the report's lower and upper bound."""
+    """A network trained on the labels of one domain: the report's lower and upper bound."""
 
     losses = ("loss",)
     scores = ("error",)
@@ -150,7 +157,8 @@ class SupervisedTrainer(DigitTrainer):
         (images, held_images), (labels, held_labels) = (hold_out(x.to(device), HELD_OUT) for x in (images, labels))
         self.images, self.labels, self.held_images, self.held_labels = images, labels, held_images, held_labels
         torch.manual_seed(o.seed)
-        super().__init__(o, small_image_resnet34().to(device, memory_format=torch.channels_last), images.cpu(), {})
+        network = Dann(o.dim) if o.network == "dann" else small_image_resnet34()
+        super().__init__(o, network.to(device, memory_format=torch.channels_last), images.cpu(), {})
 
     def update(self) -> Tensor:
         random = step_generator(self.device, self.o.seed, self.step)
@@ -174,7 +182,7 @@ class SupervisedTrainer(DigitTrainer):
         return {"error": 100 * float((torch.cat(guesses) != self.held_labels).float().mean())}
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
-        return "resnet34", {}, self.average.state_dict()
+        return self.o.network, {"dim": self.o.dim} if self.o.network == "dann" else {}, self.average.state_dict()
 
 
 class AdaptationTrainer(DigitTrainer):
@@ -238,7 +246,7 @@ class AdaptationTrainer(DigitTrainer):
         loss_class, entropy = F.cross_entropy(logits_s, labels), conditional_entropy(logits_t)
         loss_self, kept = domain.new_zeros(()), domain.new_zeros(())
         if o.self_training and progress >= RAMP:
-            guess, sure = self.teach(source, target)
+            guess, sure = self.teach(target, logits_s.detach().softmax(1).max(1).values.mean())
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()
         unlabelled = o.self_training * loss_self + factor * (o.entropy * entropy + o.mixup * loss_mixup)
@@ -248,12 +256,12 @@ class AdaptationTrainer(DigitTrainer):
         return torch.stack([loss_class, loss_domain, loss_self, entropy, loss_mixup, domain_s, domain_t, kept]).detach()
 
     @torch.no_grad()
-    def teach(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def teach(self, target: Tensor, confidence_on_source: Tensor) -> tuple[Tensor, Tensor]:
         """(guessed classes (N,), 1 where the teacher is sure enough (N,)) of target images.
 
-        The teacher is the weight average; it sees images as they are, and those of the target with their intensities
-        flipped, too. Sure enough is ``threshold`` times its mean confidence on source images (AdaMatch, Berthelot et
-        al. 2022, arXiv:2106.04732). With ``align`` its classes are first weighted so that they come in equal shares.
+        The teacher is the weight average; it sees images as they are, and with their intensities flipped, too. Sure
+        enough is ``threshold`` times the network's mean confidence on source images (AdaMatch, Berthelot et al. 2022,
+        arXiv:2106.04732). With ``align`` its classes are first weighted so that they come in equal shares.
         """
         teacher = self.average.train()  # statistics of the batch at hand
 
@@ -261,14 +269,13 @@ class AdaptationTrainer(DigitTrainer):
             with autocast(self.device, self.o.bf16):
                 return teacher(x).float().softmax(1)
 
-        threshold = self.o.threshold * classify(self.see(source)).max(1).values.mean()
         x = self.see(target)
         p = (classify(x) + classify(-x)) / 2 if self.o.intensity else classify(x)
         if self.o.align:
             p = p / p.mean(0).clamp(min=1e-3)
             p = p / p.sum(1, keepdim=True)
         confidence, guess = p.max(1)
-        return guess, (confidence >= threshold).float()
+        return guess, (confidence >= self.o.threshold * confidence_on_source).float()
 
     def describe(self, means: dict[str, float]) -> str:
         text = "loss class {loss_class:.3f} domain {loss_domain:.3f} self {loss_self:.3f}, "
@@ -296,6 +303,8 @@ def mutual_information(p: Tensor) -> float:
 
 def make_trainer(o: argparse.Namespace) -> DigitTrainer:
     device, o.bf16 = device_and_format(o.device, o.bf16)
+    if o.method in ("dann", "dann-st") and o.network != "dann":
+        raise UserError(f"--network {o.network}: a network of the baselines; {o.method} trains the report's own")
     if o.method == "target":
         return SupervisedTrainer(o, *load(o.data / o.target), device)
     if o.method == "source":

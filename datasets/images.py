@@ -222,6 +222,6 @@ def load_split(root: Path, split: str, size: int, channels: int = 3, listed: boo
     raise UserError(f"{root}: has neither a folder {folder.name}/ nor packed mosaics {split}_00.*; see README, Data")
 
 
-def name_some(paths: list[Path]) -> str:
+def name_some(paths: list[Path] | list[str]) -> str:
     """The first five of ``paths``, for an error message."""
     return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")

@@ -15,7 +15,7 @@ from tests.helpers import assert_user_error, run, smooth_images, write_index, wr
 
 OPTIONS = {"size": 32, "standardise": True, "intensity": True, "gray": False}
 CARD = {"model": "dann", "config": {"dim": 2}, "command": "python3 p3_train.py --seed 4"}
-CARD["options"] = OPTIONS | {"method": "dann-st", "target": "svhn", "seed": 4}
+CARD["options"] = OPTIONS | {"method": "dann-st", "network": "dann", "target": "svhn", "seed": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -113,8 +113,13 @@ def test_scores(tmp_path, capsys):
     lines = {line.split()[0]: line.split() for line in out.splitlines()}
     assert lines["3"][1:] == ["0", "0", "0", "3", "0", "0", "0", "0", "0", "0", "100.0", "%"]
     assert lines["8"][4] == "1"
-    write_index(truth, [("other.png", 1)])
-    assert_user_error(classify(tmp_path / "svhn", tmp_path / "o.csv", "--evaluate", truth), truth, "00000.png")
+    write_index(truth, [("00003.png", 3)])  # a part of a folder, as val.csv of the course's is
+    assert classify(tmp_path / "svhn", tmp_path / "o.csv", "--evaluate", truth).code == 0
+    assert "accuracy 100.000 % of 1 images" in capsys.readouterr().out
+    assert len(rows(tmp_path / "o.csv")) == 5
+    write_index(truth, [("00000.png", 3), ("other.png", 1)])
+    outcome = classify(tmp_path / "svhn", tmp_path / "o.csv", "--evaluate", truth)
+    assert_user_error(outcome, truth, "1 images", "other.png")
 
 
 def test_plots(tmp_path, capsys):

@@ -52,7 +52,8 @@ def study(tmp_path, monkeypatch):
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), (slow | {"w": 1}, scores, "other"))
 
     def trained(method, seed):
-        return {"method": method, "target": "usps", "seed": seed, "checkpoint": "best", "scored": "val"}
+        key = {"method": method, "network": "dann", "target": "usps", "seed": seed}
+        return key | {"checkpoint": "best", "scored": "val"}
 
     rows("adaptation.json", *((trained("dann-st", s), {"accuracy": 97.0 + s}, "x") for s in range(3)))
     (results / "observations.md").write_text("It was observed.\n")
