@@ -34,6 +34,7 @@ from datasets.images import find_mosaics, fingerprint
 from models import dcgan, sngan
 from models.dann import DomainClassifier, FeatureExtractor, LabelPredictor
 from models.unet import UNet_conditional
+from p3_train import AdaptationTrainer
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS, RESULTS = HERE / "checkpoints", HERE / "results"
@@ -249,12 +250,19 @@ def build_adaptation(o: argparse.Namespace) -> str:
         if not weights.exists():
             text.append(f"No weights for {name} yet: {weights.relative_to(HERE)} is missing.")
             continue
+        _, card = load_weights(weights)
+        text.append(f"### MNIST-M to {name}\n\nShipped: seed {card['options']['seed']}, {training(card)}.")
         figures = [o.out / f"tsne_{target}_{by}.png" for by in ("class", "domain")]
         if o.data:
             call("p3_test.py", "--tsne", o.out, "--target", target, "--data", o.data / "digits")
         text += [f"![{name}, t-SNE]({path.name})" for path in figures if path.exists()]
         if not all(path.exists() for path in figures):
             text.append(f"The t-SNE plots of {name} need data: add --data hw2_data.")
+        metrics = RESULTS / f"p3_{target}_metrics.csv"
+        if metrics.exists():
+            title = f"DANN-ST, MNIST-M to {name}, training"
+            plot_curves(metrics, o.out / f"curves_{target}.png", AdaptationTrainer.panels, title)
+            text.append(f"![training curves on {name}](curves_{target}.png)")
     return "\n\n".join(text)
 
 
@@ -285,7 +293,7 @@ PARTS = {
         "Adaptation: MNIST-M to SVHN and USPS",
         build_adaptation,
         ("p3_svhn", "p3_usps"),
-        ("adaptation.json",),
+        ("adaptation.json", "p3_svhn_metrics.csv", "p3_usps_metrics.csv"),
         ("models", "p3_test.py"),
         ("digits/mnistm", "digits/svhn", "digits/usps"),
     ),

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from common.files import atomic, make_folder
 
+# Paul Tol's "muted" colours, which colour-blind readers can tell apart, and a gray
+MUTED = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#555555")
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """(N, C, H, W) in [-1, 1] -> uint8 on the CPU, rounded to nearest; values outside are clamped."""
@@ -79,19 +82,24 @@ def plot_strip(images: list[Tensor], titles: list[str], path: Path) -> None:
 
 
 def plot_points(points: np.ndarray, groups: list[int], names: list[str], title: str, path: Path) -> None:
-    """Points (N, 2), coloured by group (an index into ``names``), with a legend beside the crowd."""
+    """Points (N, 2), coloured by group (an index into ``names``), with a legend beside the crowd.
+
+    More than two groups are drawn as their names, one character each: colour alone does not tell ten apart.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = plt.get_cmap("tab10").colors if len(names) > 2 else ("#0072b2", "#d55e00")
+    many = len(names) > 2
+    colours = MUTED if many else ("#0072b2", "#d55e00")
     figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
     for group, name in enumerate(names):
         chosen = points[np.array(groups) == group]
-        axis.scatter(chosen[:, 0], chosen[:, 1], s=7, color=colours[group], label=name, linewidths=0)
+        style = {"marker": f"${name}$", "s": 16} if many else {"s": 7}
+        axis.scatter(chosen[:, 0], chosen[:, 1], color=colours[group], label=name, linewidths=0, **style)
     axis.set(title=title, xticks=[], yticks=[])
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5, frameon=False)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
