@@ -43,17 +43,17 @@ HELD_OUT = 2000  # source images (or target images, for the upper bound) kept fo
 SCORED = 3000  # target training images on which the label-free validator looks
 RAMP = 0.15  # self-training starts after this share of the budget
 RECIPES = {
-    "source": {"steps": 1500, "ema": 0.99},
-    "target": {"steps": 1500, "ema": 0.99, "geometry": True},
-    "dann": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.99, "adversary": 1.0},
-    "dann-st": {"steps": 3000, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.995, "adversary": 0.3}
+    "source": {"steps": 1000, "ema": 0.99},
+    "target": {"steps": 800, "ema": 0.99, "geometry": True},
+    "dann": {"steps": 600, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.99, "adversary": 1.0},
+    "dann-st": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.995, "adversary": 0.3}
     | {"intensity": True, "geometry": True, "separate": True, "self_training": 1.0, "soften": True},
 }
 FOR_NETWORK = {  # of the baselines
     "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
     "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
 }
-FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}  # and these for dann-st
+FOR_TARGET = {"svhn": {"steps": 1600, "neighbours": True}, "usps": {"steps": 800, "gray": True}}  # of dann-st
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", choices=FOR_NETWORK, default="resnet34", help="of the baselines source and target")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="folder with mnistm, svhn, usps")
     parser.add_argument("--steps", type=positive_int, help="* updates")
-    parser.add_argument("--batch-size", type=positive_int, default=128, help="images of each domain per update")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images of each domain per update")
     parser.add_argument("--lr", type=float, help="* AdamW learning rate, to 0 over the second half")
     parser.add_argument("--weight-decay", type=float, help="* of AdamW")
     parser.add_argument("--ema", type=float, help="* decay of the weight average, which is the teacher and the result")
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, default=0.9, help="teacher's confidence, relative to source images")
     parser.add_argument("--align", action=boolean, default=True, help="pull the teacher's classes to equal shares")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the extractor; the report has 64")
-    parser.add_argument("--eval-every", type=positive_int, default=500, help="steps between evaluations")
+    parser.add_argument("--eval-every", type=positive_int, default=400, help="steps between evaluations")
     parser.set_defaults(sample_every=10**9, anneal=True)
     add_common_options(parser)
     return parser

@@ -118,9 +118,10 @@ def neighbours(x: Tensor, generator: Generator, reach: float = 0.3) -> Tensor:
 
 
 def soften(x: Tensor, generator: Generator, noise: float = 0.1) -> Tensor:
-    """Blur each image by a random share of its 3x3 mean, then add Gaussian noise of deviation 0 ... ``noise``."""
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    x = torch.lerp(x, blurred, _uniform(x, generator))
+    """Blur each image twice by a random share of its 3x3 mean, then add Gaussian noise of deviation 0 ... ``noise``."""
+    for _ in range(2):
+        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        x = torch.lerp(x, blurred, _uniform(x, generator))
     return x + torch.randn(x.shape, generator=generator, device=x.device) * _uniform(x, generator) * noise
 
 

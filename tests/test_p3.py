@@ -153,6 +153,7 @@ def test_digit_augmentations_are_small_and_reproducible():
     assert torch.allclose(soft.sum((1, 2, 3)), x.sum((1, 2, 3)), atol=1e-4)
     assert soft[:, 0, 14, 14].max() > 0.9
     assert soft[:, 0, 14, 14].min() == pytest.approx(4 / 9, abs=0.05)
+    assert soft[:, 0, 15, 15].min() == pytest.approx((8 / 9) ** 2, abs=0.05)  # reached by the second blur only
     assert soften(torch.zeros(300, 1, 8, 8), random(), noise=0.1).std((1, 2, 3)).max() == pytest.approx(0.1, abs=0.02)
 
     y = intensity(x, random())
