@@ -200,7 +200,7 @@ def main() -> None:
             if o.record:
                 key = {"target": target} | {name: reader.options[name] for name in ("method", "network", "seed")}
                 key |= {"training": reader.card["command"], "checkpoint": weights.stem, "scored": o.evaluate.stem}
-                record(o.record, key, {"accuracy": accuracy}, weights, device)
+                record(o.record, key, {"accuracy": accuracy} | reader.card["held_out_scores"], weights, device)
     if o.tsne:
         draw_tsne(reader, target, o.data, o.tsne)
 

@@ -1,6 +1,6 @@
 """Train a digit classifier for a target domain (problem 3): MNIST-M to SVHN or USPS.
 
-  python3 p3_train.py --method dann    --target svhn    # plain DANN: labels of the source, images of the target
+  python3 p3_train.py --method dann    --target svhn    # DANN: labels of the source, images of the target
   python3 p3_train.py --method dann-st --target svhn    # our best: DANN and self-training
   python3 p3_train.py --method source  --target svhn    # lower bound: trained on MNIST-M alone
   python3 p3_train.py --method target  --target svhn    # upper bound: trained on the target's labels
@@ -42,18 +42,30 @@ SOURCE = "mnistm"
 HELD_OUT = 2000  # source images (or target images, for the upper bound) kept for choosing a checkpoint
 SCORED = 3000  # target training images on which the label-free validator looks
 RAMP = 0.15  # self-training starts after this share of the budget
+ADAPTED = {  # both adapted networks
+    "network": "dann",
+    "lr": 5e-4,
+    "weight_decay": 5e-3,
+    "size": 32,
+    "adversary": 0.3,
+    "separate": True,
+    "intensity": True,
+    "geometry": True,
+    "soften": True,
+}
 RECIPES = {
     "source": {"steps": 1000, "ema": 0.99},
     "target": {"steps": 800, "ema": 0.99, "geometry": True},
-    "dann": {"steps": 600, "lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.99, "adversary": 1.0},
-    "dann-st": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32, "ema": 0.995, "adversary": 0.3}
-    | {"intensity": True, "geometry": True, "separate": True, "self_training": 1.0, "soften": True},
+    "dann": ADAPTED | {"steps": 600, "ema": 0.99},
+    "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
+BASELINES = ("source", "target")
 FOR_NETWORK = {  # of the baselines
     "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
     "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
 }
-FOR_TARGET = {"svhn": {"steps": 1600, "neighbours": True}, "usps": {"steps": 800, "gray": True}}  # of dann-st
+FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}
+STEPS = {"svhn": 1600, "usps": 800}  # of dann-st
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,9 +106,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 def recipe(o: argparse.Namespace) -> dict[str, object]:
-    if o.method in ("source", "target"):
+    if o.method in BASELINES:
         return FOR_NETWORK[o.network] | RECIPES[o.method]
-    return {"network": "dann"} | RECIPES[o.method] | (FOR_TARGET[o.target] if o.method == "dann-st" else {})
+    steps = {"steps": STEPS[o.target]} if o.method == "dann-st" else {}
+    return RECIPES[o.method] | FOR_TARGET[o.target] | steps
 
 
 class DigitTrainer(Trainer):
@@ -303,7 +316,7 @@ def mutual_information(p: Tensor) -> float:
 
 def make_trainer(o: argparse.Namespace) -> DigitTrainer:
     device, o.bf16 = device_and_format(o.device, o.bf16)
-    if o.method in ("dann", "dann-st") and o.network != "dann":
+    if o.method not in BASELINES and o.network != "dann":
         raise UserError(f"--network {o.network}: a network of the baselines; {o.method} trains the report's own")
     if o.method == "target":
         return SupervisedTrainer(o, *load(o.data / o.target), device)

@@ -179,6 +179,35 @@ def adaptation_table() -> str:
     return table(["MNIST-M to", "method", "training seeds", "accuracy", "published report, %"], lines)
 
 
+def seeds_table() -> str:
+    """Every training seed of the adapted networks: the label-free validator, and the accuracy of what it chose."""
+    path, lines = RESULTS / "adaptation.json", []
+    chosen, last = (rows_of(path, scored="val", checkpoint=name, network="dann") for name in ("best", "last"))
+    last_of = {row["key"]["training"]: f"{row['scores']['accuracy']:.2f} %" for row in last}
+    order = [(target, method) for target in TARGETS for method in ("dann", "dann-st")]
+    adapted = [row for row in chosen if (row["key"]["target"], row["key"]["method"]) in order]
+    for row in sorted(adapted, key=lambda r: (order.index((r["key"]["target"], r["key"]["method"])), r["key"]["seed"])):
+        key, scores = row["key"], row["scores"]
+        weights = CHECKPOINTS / f"p3_{key['target']}.safetensors"
+        shipped = "shipped" if weights.exists() and weights_id(weights) == row["weights"] else ""
+        cells = [TARGETS[key["target"]], METHODS[key["method"], "dann"], str(key["seed"]), f"{scores['validator']:.4f}"]
+        found = [f"{scores['accuracy']:.2f} %", last_of.get(key["training"], "")]
+        lines.append([*cells, f"{scores['source']:.1f} %", *found, shipped])
+    if not lines:
+        return "Not measured yet: results/adaptation.json has no seeds of adapted networks."
+    header = [
+        "MNIST-M to",
+        "method",
+        "seed",
+        "validator",
+        "held-out source",
+        "checkpoint chosen",
+        "last checkpoint",
+        "",
+    ]
+    return table(header, lines)
+
+
 # Parts
 
 
@@ -244,7 +273,7 @@ def build_digits(o: argparse.Namespace) -> str:
 
 
 def build_adaptation(o: argparse.Namespace) -> str:
-    text = [adaptation_table()]
+    text = [adaptation_table(), "### Seeds", seeds_table()]
     for target, name in TARGETS.items():
         weights = CHECKPOINTS / f"p3_{target}.safetensors"
         if not weights.exists():

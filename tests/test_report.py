@@ -53,9 +53,11 @@ def study(tmp_path, monkeypatch):
 
     def trained(method, seed):
         key = {"method": method, "network": "dann", "target": "usps", "seed": seed}
-        return key | {"checkpoint": "best", "scored": "val"}
+        return key | {"checkpoint": "best", "scored": "val", "training": f"--seed {seed}"}
 
-    rows("adaptation.json", *((trained("dann-st", s), {"accuracy": 97.0 + s}, "x") for s in range(3)))
+    seeds = [(trained("dann-st", s), {"accuracy": 97.0 + s, "validator": -1.9, "source": 99}, "x") for s in range(3)]
+    last = (trained("dann-st", 1) | {"checkpoint": "last"}, {"accuracy": 50.0, "validator": -1.8, "source": 98}, "y")
+    rows("adaptation.json", *seeds, last)
     (results / "observations.md").write_text("It was observed.\n")
     for name in ("p1_sngan", "p1_dcgan", "p2_unet"):
         (results / f"{name}_metrics.csv").write_text("step,loss,loss_d,fd\n1,2,3,\n2,1,2,0.5\n")
@@ -76,6 +78,7 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert samplers[3] == "| dpm++ | 50 | 1.0 | 2 | 100 to 400 | 200 | 98.7 | 0.100 | 0.400 | 1000 |"
     assert "| FD-768 to 2,000 validation digits | 0.400 | 0.0500 |" in report.digits_table()
     assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  |" in report.adaptation_table()
+    assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % |  |" in report.seeds_table()
     (study / "results" / "faces.json").unlink()
     assert report.faces_table().startswith("Not measured yet")
 

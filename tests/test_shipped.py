@@ -5,6 +5,7 @@ import torch
 
 import report
 from common.checkpoint import load_network, load_weights, read_checksums
+from common.results import weights_id
 from metrics.classify import load_classifier
 from models.classifier import Classifier
 from models.dann import Dann
@@ -35,6 +36,19 @@ def test_the_shipped_classifier_reads_ten_classes():
     assert logits.shape == (2, 10)
 
 
-@pytest.mark.parametrize("table", [report.digits_table, report.samplers_table], ids=lambda f: f.__name__)
+TABLES = (report.digits_table, report.samplers_table, report.adaptation_table, report.seeds_table)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda f: f.__name__)
 def test_the_readme_shows_the_result_files(table):
     assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+def test_the_shipped_seed_is_the_label_free_choice(target):
+    """Of the seeds of our method, the one with the best validator, which knows no target label."""
+    rows = report.rows_of(ROOT / "results" / "adaptation.json", method="dann-st", target=target, checkpoint="best")
+    rows = [row for row in rows if row["key"]["scored"] == "val"]
+    assert len(rows) >= 3
+    choice = min(rows, key=lambda row: row["scores"]["validator"])
+    assert choice["weights"] == weights_id(ROOT / "checkpoints" / f"p3_{target}.safetensors")
