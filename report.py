@@ -208,6 +208,22 @@ def seeds_table() -> str:
     return table(header, lines)
 
 
+def ablation_table() -> str:
+    """Variants of the recipes by their options: accuracy on the target's training images, over seeds."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):
+        words = shlex.split(row["key"]["training"])[2:]  # without python3 p3_train.py
+        aside = {i + k for i, word in enumerate(words) if word in ("--seed", "--out", "--data") for k in (0, 1)}
+        groups.setdefault(shlex.join(w for i, w in enumerate(words) if i not in aside), []).append(row)
+    if not groups:
+        return "Not measured yet: results/ablation.json is missing."
+    lines = []
+    for options, rows in sorted(groups.items()):
+        scores = [f"{mean_and_spread(column(rows, 'accuracy'), 1)} %", mean_and_spread(column(rows, "validator"), 3)]
+        lines.append([f"`{options}`", str(len(rows)), *scores])
+    return table(["options of p3_train.py", "seeds", "accuracy, training images", "validator"], lines)
+
+
 # Parts
 
 
@@ -273,7 +289,7 @@ def build_digits(o: argparse.Namespace) -> str:
 
 
 def build_adaptation(o: argparse.Namespace) -> str:
-    text = [adaptation_table(), "### Seeds", seeds_table()]
+    text = [adaptation_table(), "### Seeds", seeds_table(), "### Ablation", ablation_table()]
     for target, name in TARGETS.items():
         weights = CHECKPOINTS / f"p3_{target}.safetensors"
         if not weights.exists():
@@ -322,7 +338,7 @@ PARTS = {
         "Adaptation: MNIST-M to SVHN and USPS",
         build_adaptation,
         ("p3_svhn", "p3_usps"),
-        ("adaptation.json", "p3_svhn_metrics.csv", "p3_usps_metrics.csv"),
+        ("adaptation.json", "ablation.json", "p3_svhn_metrics.csv", "p3_usps_metrics.csv"),
         ("models", "p3_test.py"),
         ("digits/mnistm", "digits/svhn", "digits/usps"),
     ),
