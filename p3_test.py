@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_network
 from common.device import pick_device
+from common.ema import reestimate_batch_norm
 from common.errors import UserError, run_main
 from common.files import atomic, make_folder
 from common.pictures import plot_points
@@ -166,10 +167,12 @@ def draw_tsne(reader: Reader, target: str, data: Path, out: Path) -> None:
     from sklearn.manifold import TSNE
 
     features, labels = [], []
-    for name in ("mnistm", target):
+    for name in (target, "mnistm"):
         images, truth = load_digits(data / name, "val")[:TSNE_IMAGES], load_labels(data / name, "val")[:TSNE_IMAGES]
-        features.append(reader.features(images))
-        labels.append(truth)
+        if name == "mnistm" and reader.options["separate"]:  # the weights come with statistics of the target
+            reestimate_batch_norm(reader.network, reader.see(images))
+        features.insert(0, reader.features(images))
+        labels.insert(0, truth)
     x = torch.cat(features)
     points = TSNE(init="pca", random_state=0, perplexity=min(30, len(x) // 4)).fit_transform(x.numpy())
     domains = torch.tensor([0] * len(labels[0]) + [1] * len(labels[1]))

@@ -289,7 +289,9 @@ def build_digits(o: argparse.Namespace) -> str:
 
 
 def build_adaptation(o: argparse.Namespace) -> str:
-    text = [adaptation_table(), "### Seeds", seeds_table(), "### Ablation", ablation_table()]
+    text = [adaptation_table(), "### Seeds", seeds_table()]
+    if (RESULTS / "ablation.json").exists():
+        text += ["### Ablation", ablation_table()]
     for target, name in TARGETS.items():
         weights = CHECKPOINTS / f"p3_{target}.safetensors"
         if not weights.exists():

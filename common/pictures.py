@@ -84,7 +84,8 @@ def plot_strip(images: list[Tensor], titles: list[str], path: Path) -> None:
 def plot_points(points: np.ndarray, groups: list[int], names: list[str], title: str, path: Path) -> None:
     """Points (N, 2), coloured by group (an index into ``names``), with a legend beside the crowd.
 
-    More than two groups are drawn as their names, one character each: colour alone does not tell ten apart.
+    More than two groups are drawn as their names, one character each, without a legend: colour alone does not tell ten
+    apart.
     """
     import matplotlib
 
@@ -99,7 +100,8 @@ def plot_points(points: np.ndarray, groups: list[int], names: list[str], title: 
         style = {"marker": f"${name}$", "s": 16} if many else {"s": 7}
         axis.scatter(chosen[:, 0], chosen[:, 1], color=colours[group], label=name, linewidths=0, **style)
     axis.set(title=title, xticks=[], yticks=[])
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
+    if not many:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5, frameon=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)

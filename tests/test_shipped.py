@@ -36,8 +36,7 @@ def test_the_shipped_classifier_reads_ten_classes():
     assert logits.shape == (2, 10)
 
 
-TABLES = (report.digits_table, report.samplers_table)
-TABLES += (report.adaptation_table, report.seeds_table, report.ablation_table)
+TABLES = (report.digits_table, report.samplers_table, report.adaptation_table, report.seeds_table)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda f: f.__name__)
