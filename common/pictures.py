@@ -127,7 +127,8 @@ def plot_curves(metrics_csv: Path, path: Path, panels: tuple[tuple[str, ...], ..
                 axis.plot(*zip(*points, strict=True), label=column, marker="." if len(points) < 30 else None)
         axis.set_xlabel("training step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(columns) > 6 else {}
+        axis.legend(**beside)
     figure.suptitle(title)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
