@@ -28,7 +28,7 @@ from common.results import add_record_option, check_record, record
 from datasets.augment import digit_input
 from datasets.digits import CLASSES, SIZE, load_digits, load_labels, read_labels
 from datasets.images import UNREADABLE, decode_files, list_images, name_some
-from models.dann import Dann, small_image_resnet34
+from models.dann import NETWORKS
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 TARGETS = ("svhn", "usps")
@@ -95,7 +95,7 @@ class Reader:
     """A trained network with the view of images it was trained with."""
 
     def __init__(self, weights: Path, device: torch.device):
-        self.network, self.card = load_network(weights, {"dann": Dann, "resnet34": small_image_resnet34})
+        self.network, self.card = load_network(weights, NETWORKS)
         self.network.to(device)
         self.device, self.options = device, self.card["options"]
 
@@ -163,20 +163,23 @@ def domain_distance(source: Tensor, target: Tensor) -> float:
 
 
 def draw_tsne(reader: Reader, target: str, data: Path, out: Path) -> None:
-    """Two plots of the features of validation images of both domains: by class, and by domain."""
+    """Two plots of the features of validation images of both domains: by class, and by domain.
+
+    Leaves a network that was trained with ``separate`` batch statistics with those of the source.
+    """
     from sklearn.manifold import TSNE
 
-    features, labels = [], []
-    for name in (target, "mnistm"):
-        images, truth = load_digits(data / name, "val")[:TSNE_IMAGES], load_labels(data / name, "val")[:TSNE_IMAGES]
-        if name == "mnistm" and reader.options["separate"]:  # the weights come with statistics of the target
-            reestimate_batch_norm(reader.network, reader.see(images))
-        features.insert(0, reader.features(images))
-        labels.insert(0, truth)
-    x = torch.cat(features)
+    folders = [data / name for name in ("mnistm", target)]
+    source_images, target_images = (load_digits(folder, "val")[:TSNE_IMAGES] for folder in folders)
+    labels = [load_labels(folder, "val")[:TSNE_IMAGES] for folder in folders]
+    target_features = reader.features(target_images)  # the weights come with batch statistics of the target
+    if reader.options["separate"]:
+        reestimate_batch_norm(reader.network, reader.see(source_images))
+    source_features = reader.features(source_images)
+    x = torch.cat([source_features, target_features])
     points = TSNE(init="pca", random_state=0, perplexity=min(30, len(x) // 4)).fit_transform(x.numpy())
     domains = torch.tensor([0] * len(labels[0]) + [1] * len(labels[1]))
-    distance = domain_distance(*features)
+    distance = domain_distance(source_features, target_features)
     make_folder(out)
     title = f"MNIST-M to {target.upper()}, proxy A-distance {distance:.2f}"
     digits = [str(c) for c in range(CLASSES)]

@@ -29,12 +29,12 @@ from datasets.augment import digit_input, geometry, intensity, neighbours, softe
 from datasets.digits import CLASSES, load_digits, load_labels
 from datasets.images import describe, hold_out
 from models.dann import (
+    NETWORKS,
     Dann,
     DomainClassifier,
     adaptation_factor,
     conditional_entropy,
     reverse_gradient,
-    small_image_resnet34,
     virtual_mixup_loss,
 )
 
@@ -42,11 +42,13 @@ SOURCE = "mnistm"
 HELD_OUT = 2000  # source images (or target images, for the upper bound) kept for choosing a checkpoint
 SCORED = 3000  # target training images on which the label-free validator looks
 RAMP = 0.15  # self-training starts after this share of the budget
-ADAPTED = {  # both adapted networks
+BASELINES = ("source", "target")
+FOR_NETWORK = {
+    "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
+    "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
+}
+ADAPTED = FOR_NETWORK["dann"] | {  # both adapted networks
     "network": "dann",
-    "lr": 5e-4,
-    "weight_decay": 5e-3,
-    "size": 32,
     "adversary": 0.3,
     "separate": True,
     "intensity": True,
@@ -59,11 +61,6 @@ RECIPES = {
     "dann": ADAPTED | {"steps": 600, "ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-BASELINES = ("source", "target")
-FOR_NETWORK = {  # of the baselines
-    "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
-    "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
-}
 FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}
 STEPS = {"svhn": 1600, "usps": 800}  # of dann-st
 
@@ -73,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--method", choices=RECIPES, default="dann-st", help="decides the defaults marked *")
     parser.add_argument("--target", choices=("svhn", "usps"), default="svhn")
-    parser.add_argument("--network", choices=FOR_NETWORK, default="resnet34", help="of the baselines source and target")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet34", help="of the baselines source and target")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="folder with mnistm, svhn, usps")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images of each domain per update")
@@ -170,7 +167,8 @@ class SupervisedTrainer(DigitTrainer):
         (images, held_images), (labels, held_labels) = (hold_out(x.to(device), HELD_OUT) for x in (images, labels))
         self.images, self.labels, self.held_images, self.held_labels = images, labels, held_images, held_labels
         torch.manual_seed(o.seed)
-        network = Dann(o.dim) if o.network == "dann" else small_image_resnet34()
+        self.config = {"dim": o.dim} if o.network == "dann" else {}
+        network = NETWORKS[o.network](**self.config)
         super().__init__(o, network.to(device, memory_format=torch.channels_last), images.cpu(), {})
 
     def update(self) -> Tensor:
@@ -195,7 +193,7 @@ class SupervisedTrainer(DigitTrainer):
         return {"error": 100 * float((torch.cat(guesses) != self.held_labels).float().mean())}
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
-        return self.o.network, {"dim": self.o.dim} if self.o.network == "dann" else {}, self.average.state_dict()
+        return self.o.network, self.config, self.average.state_dict()
 
 
 class AdaptationTrainer(DigitTrainer):

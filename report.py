@@ -25,6 +25,7 @@ import torch
 import p1_test
 import p1_train
 import p2_train
+import p3_train
 from common.checkpoint import history, load_network, load_weights
 from common.errors import UserError, run_main
 from common.files import atomic, make_folder, read_json, write_json
@@ -34,7 +35,6 @@ from datasets.images import find_mosaics, fingerprint
 from models import dcgan, sngan
 from models.dann import DomainClassifier, FeatureExtractor, LabelPredictor
 from models.unet import UNet_conditional
-from p3_train import AdaptationTrainer
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS, RESULTS = HERE / "checkpoints", HERE / "results"
@@ -163,49 +163,43 @@ def samplers_table() -> str:
     return table(header, lines)
 
 
+def adaptation_rows(checkpoint: str, **key: object) -> list[dict]:
+    """Rows of adaptation on validation digits, of the best or the last checkpoints."""
+    return rows_of(RESULTS / "adaptation.json", scored="val", checkpoint=checkpoint, **key)
+
+
 def adaptation_table() -> str:
     """Accuracy on the targets' validation digits: mean and deviation over training seeds."""
-    rows = rows_of(RESULTS / "adaptation.json", scored="val", checkpoint="best")
-    if not rows:
-        return "Not measured yet: results/adaptation.json is missing."
     lines = []
     for target, name in TARGETS.items():
         for (method, network), title in METHODS.items():
-            wanted = {"method": method, "network": network, "target": target}
-            chosen = [r for r in rows if wanted.items() <= r["key"].items()]
-            if chosen:
-                score = f"{mean_and_spread(column(chosen, 'accuracy'), 2)} %"
-                lines.append([name, title, str(len(chosen)), score, PUBLISHED[target].get(title, "")])
+            rows = adaptation_rows("best", target=target, method=method, network=network)
+            if rows:
+                score = f"{mean_and_spread(column(rows, 'accuracy'), 2)} %"
+                lines.append([name, title, str(len(rows)), score, PUBLISHED[target].get(title, "")])
+    if not lines:
+        return "Not measured yet: results/adaptation.json is missing."
     return table(["MNIST-M to", "method", "training seeds", "accuracy", "published report, %"], lines)
 
 
 def seeds_table() -> str:
     """Every training seed of the adapted networks: the label-free validator, and the accuracy of what it chose."""
-    path, lines = RESULTS / "adaptation.json", []
-    chosen, last = (rows_of(path, scored="val", checkpoint=name, network="dann") for name in ("best", "last"))
-    last_of = {row["key"]["training"]: f"{row['scores']['accuracy']:.2f} %" for row in last}
-    order = [(target, method) for target in TARGETS for method in ("dann", "dann-st")]
-    adapted = [row for row in chosen if (row["key"]["target"], row["key"]["method"]) in order]
-    for row in sorted(adapted, key=lambda r: (order.index((r["key"]["target"], r["key"]["method"])), r["key"]["seed"])):
-        key, scores = row["key"], row["scores"]
-        weights = CHECKPOINTS / f"p3_{key['target']}.safetensors"
-        shipped = "shipped" if weights.exists() and weights_id(weights) == row["weights"] else ""
-        cells = [TARGETS[key["target"]], METHODS[key["method"], "dann"], str(key["seed"]), f"{scores['validator']:.4f}"]
-        found = [f"{scores['accuracy']:.2f} %", last_of.get(key["training"], "")]
-        lines.append([*cells, f"{scores['source']:.1f} %", *found, shipped])
+    last = {row["key"]["training"]: f"{row['scores']['accuracy']:.2f} %" for row in adaptation_rows("last")}
+    lines = []
+    for target, name in TARGETS.items():
+        weights = CHECKPOINTS / f"p3_{target}.safetensors"
+        shipped = weights_id(weights) if weights.exists() else None
+        for method in ("dann", "dann-st"):
+            rows = adaptation_rows("best", target=target, method=method, network="dann")
+            for row in sorted(rows, key=lambda r: r["key"]["seed"]):
+                key, scores = row["key"], row["scores"]
+                cells = [name, METHODS[method, "dann"], str(key["seed"]), f"{scores['validator']:.4f}"]
+                cells += [f"{scores['source']:.1f} %", f"{scores['accuracy']:.2f} %", last.get(key["training"], "")]
+                lines.append([*cells, "shipped" if row["weights"] == shipped else ""])
     if not lines:
         return "Not measured yet: results/adaptation.json has no seeds of adapted networks."
-    header = [
-        "MNIST-M to",
-        "method",
-        "seed",
-        "validator",
-        "held-out source",
-        "checkpoint chosen",
-        "last checkpoint",
-        "",
-    ]
-    return table(header, lines)
+    header = ["MNIST-M to", "method", "seed", "validator", "held-out source"]
+    return table([*header, "checkpoint chosen", "last checkpoint", ""], lines)
 
 
 def ablation_table() -> str:
@@ -242,6 +236,15 @@ def networks(_o: argparse.Namespace) -> str:
     return table(["network", "parameters"], [[n, f"{c:,}"] for n, c in counts.items()]) + "\n\n" + "\n\n".join(prints)
 
 
+def curves(o: argparse.Namespace, run: str, name: str, panels: tuple[tuple[str, ...], ...], title: str) -> list[str]:
+    """Draw curves_NAME.png from the shipped metrics of a run; returns the lines that show it, none without metrics."""
+    metrics = RESULTS / f"{run}_metrics.csv"
+    if not metrics.exists():
+        return []
+    plot_curves(metrics, o.out / f"curves_{name}.png", panels, title)
+    return [f"![{title}](curves_{name}.png)"]
+
+
 def build_faces(o: argparse.Namespace) -> str:
     text = []
     for name in GANS:
@@ -258,10 +261,7 @@ def build_faces(o: argparse.Namespace) -> str:
         images = p1_test.generate(generator, 32, 0, torch.device("cpu"))
         save_png(sheet(images, columns=8), o.out / f"faces_{name}.png")
         text.append(f"### {title}\n\n{training(card)}. The first 32 faces of seed 0:\n\n![{title}](faces_{name}.png)")
-        metrics = RESULTS / f"p1_{name}_metrics.csv"
-        if metrics.exists():
-            plot_curves(metrics, o.out / f"curves_{name}.png", p1_train.FaceTrainer.panels, f"{title}, training")
-            text.append(f"![training curves of the {title}](curves_{name}.png)")
+        text += curves(o, f"p1_{name}", name, p1_train.FaceTrainer.panels, f"{title}, training")
     return "\n\n".join(text)
 
 
@@ -281,10 +281,7 @@ def build_digits(o: argparse.Namespace) -> str:
         "neighbours": "The ten samples nearest to a training digit (left), beside the 7 nearest training digits",
     }
     text += [f"### {titles[name]}\n\n![{titles[name]}]({path.name})" for name, path in figures.items() if path.exists()]
-    metrics = RESULTS / "p2_unet_metrics.csv"
-    if metrics.exists():
-        plot_curves(metrics, o.out / "curves_unet.png", p2_train.DiffusionTrainer.panels, "UNet, training")
-        text.append("![training curves of the UNet](curves_unet.png)")
+    text += curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training")
     return "\n\n".join(text)
 
 
@@ -305,11 +302,8 @@ def build_adaptation(o: argparse.Namespace) -> str:
         text += [f"![{name}, t-SNE]({path.name})" for path in figures if path.exists()]
         if not all(path.exists() for path in figures):
             text.append(f"The t-SNE plots of {name} need data: add --data hw2_data.")
-        metrics = RESULTS / f"p3_{target}_metrics.csv"
-        if metrics.exists():
-            title = f"DANN-ST, MNIST-M to {name}, training"
-            plot_curves(metrics, o.out / f"curves_{target}.png", AdaptationTrainer.panels, title)
-            text.append(f"![training curves on {name}](curves_{target}.png)")
+        title = f"DANN-ST, MNIST-M to {name}, training"
+        text += curves(o, f"p3_{target}", target, p3_train.AdaptationTrainer.panels, title)
     return "\n\n".join(text)
 
 

@@ -133,3 +133,6 @@ def small_image_resnet34() -> nn.Module:
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
     return network
+
+
+NETWORKS = {"dann": Dann, "resnet34": small_image_resnet34}  # what problem 3 trains, by the names in weight files

@@ -10,7 +10,7 @@ import torch
 import p3_train
 from common.checkpoint import load_network, load_state, load_weights
 from datasets.augment import digit_input, geometry, intensity, neighbours, soften
-from models.dann import Dann, small_image_resnet34
+from models.dann import NETWORKS, Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
 CPU = torch.device("cpu")
@@ -65,11 +65,11 @@ def test_the_adapting_code_is_given_target_images_only():
 @pytest.mark.parametrize(("method", "target"), [("source", "svhn"), ("target", "usps")])
 def test_baselines(domains, tmp_path, method, target):
     """The report's ResNet34, or the network that is adapted; either as load_network reads it."""
-    for number, network in enumerate(("resnet34", "dann")):
+    for number, network in enumerate(NETWORKS):
         options = ("--method", method, "--target", target, "--steps", 1, "--network", network)
         assert train(domains, tmp_path, *options).code == 0
         path = tmp_path / f"p3_{method}_{target}_{number:03d}" / "best.safetensors"
-        trained, card = load_network(path, {"dann": Dann, "resnet34": small_image_resnet34})
+        trained, card = load_network(path, NETWORKS)
         assert trained(torch.zeros(1, 3, card["options"]["size"], card["options"]["size"])).shape == (1, 10)
         assert set(card["held_out_scores"]) == {"error"}
 

@@ -47,8 +47,7 @@ def test_the_readme_shows_the_result_files(table):
 @pytest.mark.parametrize("target", report.TARGETS)
 def test_the_shipped_seed_is_the_label_free_choice(target):
     """Of the seeds of our method, the one with the best validator, which knows no target label."""
-    rows = report.rows_of(ROOT / "results" / "adaptation.json", method="dann-st", target=target, checkpoint="best")
-    rows = [row for row in rows if row["key"]["scored"] == "val"]
+    rows = report.adaptation_rows("best", method="dann-st", target=target)
     assert len(rows) >= 3
     choice = min(rows, key=lambda row: row["scores"]["validator"])
     assert choice["weights"] == weights_id(ROOT / "checkpoints" / f"p3_{target}.safetensors")
