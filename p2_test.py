@@ -133,7 +133,7 @@ def generate(
     steps = timesteps(Process(), o.steps, o.power)
     with tqdm(total=len(digits) * per_digit, desc="generating", unit="img", leave=False, disable=not bar) as progress:
         for digit in digits:
-            predict = guided(network, torch.full((SLICE,), digit, device=device), o.w, o.guide)
+            predict = guided(network, Process(), torch.full((SLICE,), digit, device=device), o.w, o.guide)
             parts = []
             for start in starts:
                 generators = image_generators(o.seed, digit, range(start, start + SLICE))
@@ -153,7 +153,7 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
         if process.T - t in FIGURE_T:
             seen[process.T - t] = to_uint8(x)[0]
 
-    predict = guided(network, torch.full((1,), digit, device=device), o.w)
+    predict = guided(network, process, torch.full((1,), digit, device=device), o.w)
     with tqdm(total=process.T, desc="trajectory", unit="step", leave=False) as bar, autocast(device, o.bf16):
 
         def counted(x: Tensor, t: int) -> Tensor:

@@ -32,13 +32,31 @@ from datasets.digits import CLASSES, load_digits, load_labels
 from datasets.images import cache_file, describe, hold_out
 from metrics.classify import accuracy, load_classifier
 from metrics.frechet import Inception, frechet_distance
-from models.diffusion import Process, min_snr_weight, training_loss
+from models.diffusion import Process, snr_weight, training_loss
 from models.unet import UNet_conditional
 from p2_test import generate
 
 RECIPES = {
-    "ours": {"batch_size": 128, "steps": 30_000, "ema": 0.9995, "gamma": 5.0, "drop_per": "sample", "anneal": True},
-    "report": {"batch_size": 64, "steps": 140_000, "ema": 0.995, "gamma": 0.0, "drop_per": "batch", "anneal": False},
+    "ours": {
+        "predicts": "velocity",
+        "batch_size": 128,
+        "steps": 30_000,
+        "ema": 0.9995,
+        "gamma": 5.0,
+        "floor": 0.5,
+        "drop_per": "sample",
+        "anneal": True,
+    },
+    "report": {
+        "predicts": "noise",
+        "batch_size": 64,
+        "steps": 140_000,
+        "ema": 0.995,
+        "gamma": 0.0,
+        "floor": 0.0,
+        "drop_per": "batch",
+        "anneal": False,
+    },
 }
 HELD_OUT = 2000  # training digits kept for choosing a checkpoint
 # Samples during training; their seed is none that generated digits are reported for.
@@ -55,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive_int, help="* images per update")
     parser.add_argument("--lr", type=float, default=3e-4, help="AdamW learning rate")
     parser.add_argument("--ema", type=float, help="* decay of the weight average; 0 for none")
-    parser.add_argument("--gamma", type=float, help="* min-SNR weighting of the loss; 0 for none")
+    parser.add_argument("--predicts", choices=("noise", "velocity"), help="* what the network's output means")
+    parser.add_argument("--gamma", type=float, help="* highest weight of the image error (min-SNR); 0 for none")
+    parser.add_argument("--floor", type=float, help="* lowest weight of the image error (truncated SNR); 0 for none")
     parser.add_argument("--drop", type=float, default=0.1, help="share of labels dropped, for guidance")
     parser.add_argument(
         "--drop-per", choices=("sample", "batch"), help="* drop labels one by one, or a batch's at once"
@@ -72,6 +92,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     o = parse_with_resume(build_parser(), argv, lambda o: RECIPES[o.recipe])
     if not 0 <= o.drop < 1:
         raise UserError(f"--drop {o.drop}: a share from 0 to below 1")
+    if o.floor < 0 or o.gamma < 0 or 0 < o.gamma < o.floor:
+        raise UserError(f"--floor {o.floor} --gamma {o.gamma}: neither below 0, and floor at most gamma")
     return o
 
 
@@ -125,16 +147,17 @@ class DiffusionTrainer(Trainer):
         if o.init and not o.resume:
             self.network, card = load_network(o.init, {"unet": UNet_conditional})
             before = history(card)
-            if card["config"] != {"dim": o.dim}:
+            if card["config"]["dim"] != o.dim:
                 raise UserError(f"{o.init}: holds a network of {card['config']}; give the same --dim")
+            self.network.predicts = o.predicts  # weights that predict the noise are a good start for the velocity
             self.network.train()
         else:
-            self.network = UNet_conditional(dim=o.dim)
+            self.network = UNet_conditional(dim=o.dim, predicts=o.predicts)
         self.network.to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.network, o.ema)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), o.lr, fused=True)
         self.process = Process()
-        self.weight = min_snr_weight(self.process, o.gamma).to(device) if o.gamma else None
+        self.weight = snr_weight(self.process, o.gamma, o.floor).to(device)
         parts: dict[str, Part] = {"network": self.network, "average": self.average, "optimiser": self.optimiser}
         super().__init__("p2", o, device, describe(images), parts, before)
         self.judge = Judge(held_out, device, o.data) if o.eval_images else None
@@ -179,7 +202,7 @@ class DiffusionTrainer(Trainer):
         return self.judge(self.samples(per_digit), torch.arange(CLASSES).repeat_interleave(per_digit))
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
-        return "unet", {"dim": self.o.dim}, self.average.state_dict()
+        return "unet", {"dim": self.o.dim, "predicts": self.o.predicts}, self.average.state_dict()
 
 
 def main() -> None:
