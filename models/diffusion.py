@@ -73,9 +73,9 @@ def snr_weight(process: Process, gamma: float = 5.0, floor: float = 0.0) -> Tens
     """Loss weights (T + 1,) of the noise error, so that the image error is weighted by the signal-to-noise ratio
     SNR_t = alpha_bar_t / (1 - alpha_bar_t) within [``floor``, ``gamma``]: |x_0 error|^2 = |eps error|^2 / SNR.
 
-    ``gamma`` (0 for none): Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv:2303.09556),
-    eq. 8. ``floor``: Salimans & Ho 2022 (arXiv:2202.00512), eq. 9, the truncated SNR (1 there). It gives weight to
-    the steps where the content of an image is decided.
+    ``gamma`` (0 for none): Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
+    (arXiv:2303.09556), eq. 8. ``floor``: Salimans & Ho 2022 (arXiv:2202.00512), eq. 9, the truncated SNR (1 there).
+    It gives weight to the steps where the content of an image is decided.
     """
     snr = process.alpha_bar / (1 - process.alpha_bar)  # infinite at t = 0, which is never trained
     return snr.clamp(floor, gamma or math.inf) / snr

@@ -13,13 +13,24 @@ from models.diffusion import (
     dpm_solver_pp,
     guided,
     log_snr,
-    min_snr_weight,
+    noise,
+    snr_weight,
     timesteps,
     training_loss,
 )
 
 PROCESS = Process()
 MEAN, STD = 0.2, 0.1  # data ~ N(MEAN, STD^2), for which the best noise predictor is known
+
+
+class Network:
+    """A function (x, t, y) -> what it ``predicts``, in the place of a network."""
+
+    def __init__(self, function, predicts="noise"):
+        self.function, self.predicts = function, predicts
+
+    def __call__(self, x, t, y):
+        return self.function(x, t, y)
 
 
 def predict_gaussian(x: torch.Tensor, t: int) -> torch.Tensor:
@@ -80,24 +91,47 @@ def test_loss_of_known_predictions():
         seen.update(x=x, t=t, y=y)
         return eps + t.view(-1, 1, 1, 1) / 100
 
-    loss = training_loss(network, PROCESS, x_0, y, t, eps)
+    loss = training_loss(Network(network), PROCESS, x_0, y, t, eps)
     assert loss.item() == pytest.approx((0.01**2 + 2**2 + 4**2 + 6**2) / 4, rel=1e-5)
     assert torch.equal(seen["x"], PROCESS.q_sample(x_0, t, eps))
     assert torch.equal(seen["t"], t)
     assert torch.equal(seen["y"], y)
     weight = torch.zeros(601)
     weight[200] = 0.5
-    assert training_loss(network, PROCESS, x_0, y, t, eps, weight).item() == pytest.approx(0.5 * 2**2 / 4, rel=1e-5)
+    weighted = training_loss(Network(network), PROCESS, x_0, y, t, eps, weight)
+    assert weighted.item() == pytest.approx(0.5 * 2**2 / 4, rel=1e-5)
 
 
-def test_min_snr_weights():
-    """Weighted noise errors are image errors times min(SNR, gamma): |x_0 error|^2 = |eps error|^2 / SNR."""
-    weight = min_snr_weight(PROCESS, gamma=5)
+def test_velocity_and_noise_follow_from_each_other():
+    """From the true velocity follows the true noise, and its image error is the velocity's error times sigma."""
+    x_0, eps, t = normal(3, 3, 2, 2).float(), normal(3, 3, 2, 2, seed=1).float(), torch.tensor([1, 300, 600])
+    x_t, y = PROCESS.q_sample(x_0, t, eps), torch.zeros(3, dtype=torch.int64)
+    signal, sigma = (
+        torch.tensor([f(s) for s in t.tolist()]).view(-1, 1, 1, 1) for f in (PROCESS.signal, PROCESS.sigma)
+    )
+
+    def velocity(x, t, y):
+        return signal * eps - sigma * x_0
+
+    def wrong(x, t, y):
+        return velocity(x, t, y) + 0.01
+
+    assert torch.allclose(noise(Network(velocity, "velocity"), PROCESS, x_t, t, y), eps, atol=1e-6)
+    error = noise(Network(wrong, "velocity"), PROCESS, x_t, t, y) - eps
+    assert torch.allclose(error * sigma / signal, 0.01 * sigma, atol=1e-5)
+    assert torch.equal(noise(Network(velocity), PROCESS, x_t, t, y), velocity(x_t, t, y))
+
+
+def test_loss_weights():
+    """Weighted noise errors are image errors times the SNR within bounds: |x_0 error|^2 = |eps error|^2 / SNR."""
     snr = PROCESS.alpha_bar / (1 - PROCESS.alpha_bar)
-    for t in (1, 50, 120, 300, 600):
-        assert weight[t].item() == pytest.approx(min(snr[t].item(), 5) / snr[t].item())
-    assert weight[600] == 1
-    assert weight[1] < 0.001
+    for gamma, floor in ((5, 0), (5, 0.5), (1, 1), (0, 0.5)):
+        weight = snr_weight(PROCESS, gamma, floor)
+        for t in (1, 50, 120, 300, 600):
+            bounded = max(min(snr[t].item(), gamma or math.inf), floor)
+            assert weight[t].item() == pytest.approx(bounded / snr[t].item())
+    assert snr_weight(PROCESS, gamma=5)[600] == 1
+    assert torch.equal(snr_weight(PROCESS, gamma=0)[1:], torch.ones(600, dtype=torch.float64))
 
 
 def test_timesteps_go_from_T_to_0():
@@ -182,10 +216,14 @@ def test_guidance():
 
     x, y = torch.ones(3, 1, 1, 1), torch.tensor([0, 4, 9])
     conditional, unconditional = 10 * (y + 2.0), torch.full((3,), 10.0)  # label -1 multiplies by 1
-    assert torch.equal(guided(network, y, 0)(x, 10).flatten(), conditional)
-    assert torch.equal(guided(network, y, -1)(x, 10).flatten(), unconditional)
-    assert torch.equal(guided(network, y, 2)(x, 10).flatten(), 3 * conditional - 2 * unconditional)
-    assert torch.equal(guided(network, y, 2, interval=(11, 99))(x, 10).flatten(), conditional)
+
+    def predicted(w, **interval):
+        return guided(Network(network), PROCESS, y, w, **interval)(x, 10).flatten()
+
+    assert torch.equal(predicted(0), conditional)
+    assert torch.equal(predicted(-1), unconditional)
+    assert torch.equal(predicted(2), 3 * conditional - 2 * unconditional)
+    assert torch.equal(predicted(2, interval=(11, 99)), conditional)
     assert calls == [3, 6, 6, 3]
 
 

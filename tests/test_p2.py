@@ -59,9 +59,9 @@ def test_a_run_leaves_everything_a_reader_needs(digits, tmp_path, mean_inception
     assert [row["step"] for row in rows] == ["2", "4"]
     assert all(rows[1][name] for name in ("loss", "accuracy", "fd", "mean_r", "std_b"))
     state, card = load_weights(folder / "best.safetensors")
-    assert card["config"] == {"dim": 4}
+    assert card["config"] == {"dim": 4, "predicts": "velocity"}
     assert card["options"]["gamma"] == 5
-    UNet_conditional(dim=4).load_state_dict(state)
+    UNet_conditional(**card["config"]).load_state_dict(state)
 
 
 def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
@@ -86,8 +86,9 @@ def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
 
 
 def test_training_goes_on_from_finished_weights(digits, tmp_path, mean_inception):
-    """The first update starts where the given weights are, and the new card tells of the run that made them."""
-    assert train(digits, tmp_path, "--steps", 2, "--eval-images", 0).code == 0
+    """The first update starts where the given weights are, the new card tells of the run that made them, and what the
+    network predicts may change."""
+    assert train(digits, tmp_path, "--steps", 2, "--eval-images", 0, "--predicts", "noise").code == 0
     first = tmp_path / "p2_000" / "last.safetensors"
     options = ("--init", first, "--steps", 1, "--lr", 1e-12, "--eval-images", 0, "--ema", 0)
     assert train(digits, tmp_path, *options).code == 0
@@ -95,7 +96,8 @@ def test_training_goes_on_from_finished_weights(digits, tmp_path, mean_inception
     assert all(torch.allclose(before[k], after[k], atol=1e-3) for k in before)
     (run_before,) = card["before"]
     assert run_before["steps"] == 2
-    assert run_before["command"].endswith("--steps 2 --eval-images 0")
+    assert run_before["command"].endswith("--predicts noise")
+    assert card["config"]["predicts"] == "velocity"
     assert_user_error(train(digits, tmp_path, "--init", tmp_path / "none.safetensors"), "none.safetensors")
     assert_user_error(run(p2_train.main, "--data", digits, "--out", tmp_path, "--init", first), first, "--dim")
 
@@ -124,9 +126,10 @@ def test_labels_are_dropped(digits, tmp_path, mean_inception, monkeypatch, drop_
     assert dropped.any(1).equal(dropped.all(1)) == (drop_per == "batch")
 
 
-def test_the_loss_falls(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("predicts", ["noise", "velocity"])
+def test_the_loss_falls(digits, tmp_path, monkeypatch, predicts):
     monkeypatch.setattr(p2_train.DiffusionTrainer, "picture", lambda self: None)
-    options = ("--steps", 100, "--lr", 3e-3, "--eval-images", 0)
+    options = ("--steps", 100, "--lr", 3e-3, "--eval-images", 0, "--predicts", predicts)
     assert train(digits, tmp_path, *options).code == 0
     rows = list(csv.DictReader((tmp_path / "p2_000" / "metrics.csv").read_text().splitlines()))
     assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
@@ -134,8 +137,9 @@ def test_the_loss_falls(digits, tmp_path, monkeypatch):
 
 def test_recipes():
     ours, report = p2_train.parse_options([]), p2_train.parse_options(["--recipe", "report", "--steps", "9"])
-    assert (ours.ema, ours.gamma, ours.drop_per, ours.anneal) == (0.9995, 5, "sample", True)
-    assert (report.ema, report.gamma, report.drop_per, report.anneal) == (0.995, 0, "batch", False)
+    assert (ours.ema, ours.gamma, ours.floor, ours.drop_per, ours.anneal) == (0.9995, 5, 0.5, "sample", True)
+    assert (report.ema, report.gamma, report.floor, report.drop_per, report.anneal) == (0.995, 0, 0, "batch", False)
+    assert (ours.predicts, report.predicts) == ("velocity", "noise")
     assert (report.batch_size, report.lr, report.steps) == (64, 3e-4, 9)
 
 
