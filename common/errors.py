@@ -18,7 +18,7 @@ def describe_os_error(error: OSError) -> str:
         return f"{place}: not permitted ({error.strerror}); choose a place you can read and write"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}: the disk is full; free some space or choose another place"
-    return f"{place}: {error.strerror or error}"
+    return f"{place}: {error.strerror or error}; check this path, or choose another place"
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -154,6 +154,7 @@ def test_training_goes_on_without_metrics(digits, tmp_path, no_inception, classi
 def test_wrong_training_input(digits, tmp_path, mean_inception):
     assert_user_error(train(tmp_path / "nowhere", tmp_path), tmp_path / "nowhere", "no such folder")
     assert_user_error(train(digits, tmp_path, "--drop", 1), "--drop 1")
+    assert_user_error(train(digits, tmp_path, "--gamma", 1, "--floor", 2), "--floor 2.0 --gamma 1.0")
     assert not list(tmp_path.glob("p2_*"))
 
 
