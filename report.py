@@ -158,9 +158,9 @@ def samplers_table() -> str:
         cells = [name, key["steps"], key["power"], f"{key['w']:g}", guided, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         cost = f"{1000 * scores['seconds'] / count:.0f}"
-        lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, cost])
-    header = ["sampler", "steps", "power", "w", "guided t", "images", "accuracy, %", *distances(rows[0]), "ms an image"]
-    return table(header, lines)
+        lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, cost, row["hardware"]])
+    header = ["sampler", "steps", "power", "w", "guided t", "images", "accuracy, %", *distances(rows[0])]
+    return table([*header, "ms an image", "on"], lines)
 
 
 def adaptation_rows(checkpoint: str, **key: object) -> list[dict]:
