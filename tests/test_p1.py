@@ -310,7 +310,9 @@ def test_wrong_output_folder(weights, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder nobody can write to")
 def test_unwritable_output_folder(weights):
-    assert_user_error(run(p1_test.main, "--weights", weights, "--out", "/proc/self/faces"), "/proc/self/faces", "choose another")
+    assert_user_error(
+        run(p1_test.main, "--weights", weights, "--out", "/proc/self/faces"), "/proc/self/faces", "choose another"
+    )
 
 
 def test_scoring_fails_before_anything_is_written(weights, faces, tmp_path, no_inception):

@@ -35,7 +35,8 @@ def study(tmp_path, monkeypatch):
     save_weights(checkpoints / "p2_unet.safetensors", UNet_conditional(dim=4).state_dict(), card)
 
     def rows(name, *entries):
-        (results / name).write_text(json.dumps([{"key": k, "scores": s, "weights": w} for k, s, w in entries]))
+        entries = [{"key": k, "scores": s, "weights": w, "hardware": "an abacus"} for k, s, w in entries]
+        (results / name).write_text(json.dumps(entries))
 
     def face(weights, seed, fd, rate):
         id = "none" if weights == "real" else weights_id(checkpoints / f"{weights}.safetensors")
@@ -78,7 +79,7 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert "| SNGAN | 5 | 0.520 ± 0.016 | 97.0 ± 1.6 % | FID 25.66, faces 92.2 % |" in faces
     samplers = report.samplers_table().splitlines()
     assert len(samplers) == 4  # the row of other weights is left out
-    assert samplers[3] == "| dpm++ | 50 | 1.0 | 2 | 100 to 400 | 200 | 98.7 | 0.100 | 0.400 | 1000 |"
+    assert samplers[3] == "| dpm++ | 50 | 1.0 | 2 | 100 to 400 | 200 | 98.7 | 0.100 | 0.400 | 1000 | an abacus |"
     assert "| FD-768 to 2,000 validation digits | 0.400 | 0.0500 |" in report.digits_table()
     assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  |" in report.adaptation_table()
     assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % |  |" in report.seeds_table()
