@@ -13,6 +13,7 @@ slice of the training digits; validation digits are never read).
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     o = parse_with_resume(build_parser(), argv, lambda o: RECIPES[o.recipe])
     if not 0 <= o.drop < 1:
         raise UserError(f"--drop {o.drop}: a share from 0 to below 1")
-    if o.floor < 0 or o.gamma < 0 or 0 < o.gamma < o.floor:
+    if not 0 <= o.floor <= (o.gamma or math.inf):
         raise UserError(f"--floor {o.floor} --gamma {o.gamma}: neither below 0, and floor at most gamma")
     return o
 

@@ -154,7 +154,9 @@ def test_training_goes_on_without_metrics(digits, tmp_path, no_inception, classi
 def test_wrong_training_input(digits, tmp_path, mean_inception):
     assert_user_error(train(tmp_path / "nowhere", tmp_path), tmp_path / "nowhere", "no such folder")
     assert_user_error(train(digits, tmp_path, "--drop", 1), "--drop 1")
-    assert_user_error(train(digits, tmp_path, "--gamma", 1, "--floor", 2), "--floor 2.0 --gamma 1.0")
+    for gamma, floor in ((1.0, 2.0), (-1.0, 0.0), (5.0, -1.0), (5.0, float("nan"))):
+        wrong = train(digits, tmp_path, "--gamma", gamma, "--floor", floor)
+        assert_user_error(wrong, f"--floor {floor} --gamma {gamma}")
     assert not list(tmp_path.glob("p2_*"))
 
 
