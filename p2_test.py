@@ -45,7 +45,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p2_unet.safetensors")
     parser.add_argument("--digits", default="0123456789", help="which digits (default: 0123456789)")
     parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each (default: 100)")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: dpm++ with 5 steps, w 6, guided 300 to 500")
+    default = "default: {sampler} with {steps} steps, eta {eta:g}, w {w:g}, guided {guide[0]} to {guide[1]}"
+    parser.add_argument("--sampler", choices=SAMPLERS, help=default.format(**FAST))
     parser.add_argument(
         "--steps", type=positive_int, help="network steps (with --sampler: 20; ddpm always takes all 600)"
     )
@@ -130,10 +131,11 @@ def generate(
     """
     images = []
     starts = range(1, per_digit + 1, SLICE)
-    steps = timesteps(Process(), o.steps, o.power)
+    process = Process()
+    steps = timesteps(process, o.steps, o.power)
     with tqdm(total=len(digits) * per_digit, desc="generating", unit="img", leave=False, disable=not bar) as progress:
         for digit in digits:
-            predict = guided(network, Process(), torch.full((SLICE,), digit, device=device), o.w, o.guide)
+            predict = guided(network, process, torch.full((SLICE,), digit, device=device), o.w, o.guide)
             parts = []
             for start in starts:
                 generators = image_generators(o.seed, digit, range(start, start + SLICE))
