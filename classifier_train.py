@@ -8,6 +8,7 @@ The weights are chosen on a held-out tenth of the training split. Validation dig
 import argparse
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class ClassifierTrainer(Trainer):
     losses = ("loss",)
     scores = ("error",)
     selects = "error"
-    panels = (("loss",), ("error",))
+    panels: ClassVar = {"loss": ("loss",), "error on held-out digits, %": ("error",)}
 
     def __init__(self, o: argparse.Namespace):
         device = pick_device(o.device)

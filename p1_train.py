@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,12 @@ class FaceTrainer(Trainer):
     losses = ("loss_d", "loss_g", "d_real", "d_fake")
     scores = ("fd", "faces")
     selects = "fd"
-    panels = (("loss_d", "loss_g"), ("d_real", "d_fake"), ("fd",), ("faces",))
+    panels: ClassVar = {
+        "losses": ("loss_d", "loss_g"),
+        "D(x) and D(G(z))": ("d_real", "d_fake"),
+        "Fréchet distance to held-out faces": ("fd",),
+        "images with exactly one face, %": ("faces",),
+    }
 
     def __init__(self, o: argparse.Namespace):
         device, o.bf16 = device_and_format(o.device, o.bf16)

@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,13 @@ class DiffusionTrainer(Trainer):
     losses = ("loss",)
     scores = ("accuracy", "fd", *COLOURS)
     selects = "fd"
-    panels = (("loss",), ("accuracy",), ("fd",), COLOURS[:3], COLOURS[3:])
+    panels: ClassVar = {
+        "loss": ("loss",),
+        "digits read correctly, %": ("accuracy",),
+        "Fréchet distance to held-out digits": ("fd",),
+        "mean of the samples minus that of the data": COLOURS[:3],
+        "deviation of the samples minus that of the data": COLOURS[3:],
+    }
 
     def __init__(self, o: argparse.Namespace):
         device, o.bf16 = device_and_format(o.device, o.bf16)

@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,7 @@ class SupervisedTrainer(DigitTrainer):
     losses = ("loss",)
     scores = ("error",)
     selects = "error"
-    panels = (("loss",), ("error",))
+    panels: ClassVar = {"loss": ("loss",), "error on held-out digits, %": ("error",)}
 
     def __init__(self, o: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device):
         (images, held_images), (labels, held_labels) = (hold_out(x.to(device), HELD_OUT) for x in (images, labels))
@@ -211,13 +212,13 @@ class AdaptationTrainer(DigitTrainer):
     )
     scores = ("validator", "source", *(f"share_{c}" for c in range(CLASSES)))
     selects = "validator"
-    panels = (
-        ("loss_class", "loss_domain", "loss_self", "entropy", "loss_mixup"),
-        ("domain_source", "domain_target", "kept"),
-        ("validator",),
-        ("source",),
-        tuple(f"share_{c}" for c in range(CLASSES)),
-    )
+    panels: ClassVar = {
+        "losses": ("loss_class", "loss_domain", "loss_self", "entropy", "loss_mixup"),
+        "share of domains guessed, of targets kept": ("domain_source", "domain_target", "kept"),
+        "validator (lower is better)": ("validator",),
+        "accuracy on held-out source digits, %": ("source",),
+        "shares of predicted target classes": tuple(f"share_{c}" for c in range(CLASSES)),
+    }
 
     def __init__(
         self, o: argparse.Namespace, images: Tensor, labels: Tensor, target_images: Tensor, device: torch.device

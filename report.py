@@ -24,6 +24,7 @@ import torch
 
 import p1_test
 import p1_train
+import p2_test
 import p2_train
 import p3_train
 from common.checkpoint import history, load_network, load_weights
@@ -38,7 +39,8 @@ from models.unet import UNet_conditional
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS, RESULTS = HERE / "checkpoints", HERE / "results"
-SEEDS = range(5)  # sampling seeds of faces and digits
+SEEDS = range(5)  # sampling seeds of the faces
+FACES, DIGITS = 1000, 100  # images that are scored: faces, and of each digit
 GANS = {"dcgan": "DCGAN", "sngan": "SNGAN"}
 TARGETS = {"svhn": "SVHN", "usps": "USPS"}
 METHODS = {  # (method, network): title
@@ -88,7 +90,19 @@ def rows_of(path: Path, file: Path | None = None, **key: object) -> list[dict]:
     if not path.exists() or (file and not file.exists()):
         return []
     found = [row for row in read_results(path) if all(row["key"].get(k) == v for k, v in key.items())]
+    found = [row | {part: Entries(row[part], path) for part in ("key", "scores")} for row in found]
     return [row for row in found if file is None or row["weights"] == weights_id(file)]
+
+
+class Entries(dict):
+    """Entries of a row, which end in an error that names the file when one is asked for that is not there."""
+
+    def __init__(self, entries: dict, path: Path):
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, name: str) -> object:
+        raise UserError(f"{self.path}: a row has no {name}; measure it again, or restore the file with git")
 
 
 def training(card: dict) -> str:
@@ -110,8 +124,8 @@ def distances(row: dict) -> list[str]:
 def faces_table() -> str:
     """Distance and face rate of both generators over sampling seeds, and of real faces."""
     path, lines = RESULTS / "faces.json", []
-    measured = {name: rows_of(path, CHECKPOINTS / f"p1_{name}.safetensors", images=1000) for name in GANS}
-    real = rows_of(path, weights="real", images=1000)
+    measured = {name: rows_of(path, CHECKPOINTS / f"p1_{name}.safetensors", images=FACES) for name in GANS}
+    real = rows_of(path, weights="real", images=FACES)
     names = {name for rows in (real, *measured.values()) for row in rows for name in distances(row)}
     if not names:
         return "Not measured yet: results/faces.json has no rows for these weights."
@@ -120,17 +134,23 @@ def faces_table() -> str:
     (fd,) = names
     for name, rows in {"real": real, **measured}.items():
         if rows:
-            title = GANS.get(name, "real training faces (the floor)")
+            title = GANS.get(name, "training data (the floor)")
             scores = [mean_and_spread(column(rows, fd), 3), f"{mean_and_spread(column(rows, 'faces'), 1)} %"]
             lines.append([title, str(len(rows)), *scores, PUBLISHED.get(name, "")])
-    return table(["1,000 images of", "seeds", fd, "exactly one face", "published report"], lines)
+    return table([f"{FACES:,} images of", "seeds", fd, "exactly one face", "published report"], lines)
+
+
+def scored_digits(**key: object) -> list[dict]:
+    """Rows of the shipped UNet with the default sampler."""
+    default = p2_test.FAST | {"guide": list(p2_test.FAST["guide"]), "per_digit": DIGITS}
+    return rows_of(RESULTS / "digits.json", CHECKPOINTS / "p2_unet.safetensors", **default, **key)
 
 
 def digits_table() -> str:
     """Accuracy and distances of 1,000 digits with the default sampler, over seeds."""
-    rows = rows_of(RESULTS / "digits.json", CHECKPOINTS / "p2_unet.safetensors", per_digit=100)
+    rows = scored_digits()
     if not rows:
-        return "Not measured yet: results/digits.json has no rows of 1,000 digits for these weights."
+        return "Not measured yet: results/digits.json has no rows for these weights."
     accuracy = f"{mean_and_spread(column(rows, 'accuracy'), 2)} %"
     lines = [[f"read correctly by the classifier, {len(rows)} sampling seed(s)", accuracy, ""]]
     for name in distances(rows[0]):
@@ -139,7 +159,7 @@ def digits_table() -> str:
     near, real = rows[0]["scores"]["nearest_least"], rows[0]["scores"]["nearest_real_least"]
     lines.append(["gray levels to the nearest training digit, at least", f"{near:.1f}", f"{real:.1f} (validation)"])
     per_digit = [f"{statistics.mean(column(rows, f'digit_{d}')):.0f}" for d in range(10)]
-    text = table(["1,000 generated digits", "", "real training digits"], lines)
+    text = table([f"{10 * DIGITS:,} generated digits", "", "real training digits"], lines)
     return f"{text}\n\n" + table(["digit", *map(str, range(10))], [["read correctly, %", *per_digit]])
 
 
@@ -236,7 +256,7 @@ def networks(_o: argparse.Namespace) -> str:
     return table(["network", "parameters"], [[n, f"{c:,}"] for n, c in counts.items()]) + "\n\n" + "\n\n".join(prints)
 
 
-def curves(o: argparse.Namespace, run: str, name: str, panels: tuple[tuple[str, ...], ...], title: str) -> list[str]:
+def curves(o: argparse.Namespace, run: str, name: str, panels: dict[str, tuple[str, ...]], title: str) -> list[str]:
     """Draw curves_NAME.png from the shipped metrics of a run; returns the lines that show it, none without metrics."""
     metrics = RESULTS / f"{run}_metrics.csv"
     if not metrics.exists():
@@ -250,11 +270,10 @@ def build_faces(o: argparse.Namespace) -> str:
     for name in GANS:
         weights = CHECKPOINTS / f"p1_{name}.safetensors"
         for seed in SEEDS:
-            if o.measure or not rows_of(RESULTS / "faces.json", weights, seed=seed, images=1000):
-                arguments = ("--weights", weights, "--seed", seed)
-                measure(o, "p1_test.py", o.data and o.data / "face", RESULTS / "faces.json", *arguments)
-    if o.measure or not rows_of(RESULTS / "faces.json", weights="real", images=1000):
-        measure(o, "p1_test.py", o.data and o.data / "face", RESULTS / "faces.json", "--real")
+            if o.measure or not rows_of(RESULTS / "faces.json", weights, seed=seed, images=FACES):
+                measure_faces(o, "--weights", weights, "--seed", seed)
+    if o.measure or not rows_of(RESULTS / "faces.json", weights="real", images=FACES):
+        measure_faces(o, "--real")
     text.append(faces_table())
     for name, title in GANS.items():
         generator, card = load_network(CHECKPOINTS / f"p1_{name}.safetensors", {name: dcgan.Generator})
@@ -265,24 +284,36 @@ def build_faces(o: argparse.Namespace) -> str:
     return "\n\n".join(text)
 
 
+def measure_faces(o: argparse.Namespace, *arguments: object) -> None:
+    measure(o, "p1_test.py", o.data and o.data / "face", RESULTS / "faces.json", "--count", FACES, *arguments)
+
+
 def build_digits(o: argparse.Namespace) -> str:
     weights = CHECKPOINTS / "p2_unet.safetensors"
     _, card = load_weights(weights)
-    data = o.data and o.data / "digits" / "mnistm"
-    figures = {name: o.out / f"digits_{name}.png" for name in ("grid", "trajectory", "neighbours")}
-    options = [x for name, path in figures.items() for x in (f"--{name}", path)]
-    known = rows_of(RESULTS / "digits.json", weights, per_digit=100, seed=0)
-    if o.measure or not known or not all(path.exists() for path in figures.values()):
-        measure(o, "p2_test.py", data, RESULTS / "digits.json", *options)
+    if o.measure or not scored_digits(seed=0):
+        arguments = ("--weights", weights, "--per-digit", DIGITS)
+        measure(o, "p2_test.py", o.data and o.data / "digits" / "mnistm", RESULTS / "digits.json", *arguments)
     text = [f"{training(card)}.", digits_table(), "### Samplers", samplers_table()]
+    text += curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training")
+    return "\n\n".join(text)
+
+
+def draw_digits(o: argparse.Namespace) -> str:
+    """Pictures of the digits; the nearest training digits need data, and all 1,000 samples."""
     titles = {
         "grid": "The first 10 of each digit, seed 0",
         "trajectory": "Ancestral sampling of the first 0, after t of 600 reverse steps",
         "neighbours": "The ten samples nearest to a training digit (left), beside the 7 nearest training digits",
     }
-    text += [f"### {titles[name]}\n\n![{titles[name]}]({path.name})" for name, path in figures.items() if path.exists()]
-    text += curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training")
-    return "\n\n".join(text)
+    drawn = [name for name in titles if o.data or name != "neighbours"]
+    options = [x for name in drawn for x in (f"--{name}", o.out / f"digits_{name}.png")]
+    options += ["--evaluate", o.data / "digits" / "mnistm"] if o.data else []
+    options += ["--per-digit", DIGITS if o.data else min(10, DIGITS)]
+    with tempfile.TemporaryDirectory() as folder:
+        call("p2_test.py", "--out", folder, "--weights", CHECKPOINTS / "p2_unet.safetensors", *options)
+    text = [f"### {titles[name]}\n\n![{titles[name]}](digits_{name}.png)" for name in drawn]
+    return "\n\n".join(text if o.data else [*text, "The nearest training digits need data: add --data hw2_data."])
 
 
 def build_adaptation(o: argparse.Namespace) -> str:
@@ -312,8 +343,12 @@ def observations(_o: argparse.Namespace) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else "Not written yet."
 
 
+HEAD = """\
+Every table and figure of the study, made by `python3 report.py --data hw2_data` from the shipped weights. The numbers
+are those of `results/*.json`, where each row has its command, commit and hardware. Their definitions are in the
+repository's README, [The numbers](../README.md#the-numbers)."""
+
 PARTS = {
-    "networks": Part("Networks", networks, code=("models",)),
     "faces": Part(
         "Faces: DCGAN and SNGAN",
         build_faces,
@@ -330,6 +365,13 @@ PARTS = {
         ("models", "metrics", "p2_test.py"),
         ("digits/mnistm",),
     ),
+    "pictures": Part(
+        "Digits: pictures",
+        draw_digits,
+        ("p2_unet", "digit_classifier"),
+        code=("models", "metrics", "p2_test.py"),
+        data=("digits/mnistm",),
+    ),
     "adaptation": Part(
         "Adaptation: MNIST-M to SVHN and USPS",
         build_adaptation,
@@ -339,6 +381,7 @@ PARTS = {
         ("digits/mnistm", "digits/svhn", "digits/usps"),
     ),
     "observations": Part("Observations and limits", observations, results=("observations.md",)),
+    "networks": Part("Networks, as printed", networks, code=("models",)),
 }
 
 
@@ -386,7 +429,7 @@ def part_key(part: Part, o: argparse.Namespace) -> str:
 def write(o: argparse.Namespace, texts: dict[str, str]) -> None:
     """All parts that have been built, in order, into README.md."""
     chapters = [f"## {part.title}\n\n{texts[name]}" for name, part in PARTS.items() if name in texts]
-    head = "# Report\n\nMade by `python3 report.py`; numbers from `results/`, pictures from the shipped weights."
+    head = f"# Report\n\n{HEAD}"
     with atomic(o.out / "README.md") as temporary:
         temporary.write_text("\n\n".join([head, *chapters]) + "\n", encoding="utf-8")
 

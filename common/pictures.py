@@ -13,8 +13,10 @@ from torch import Tensor
 
 from common.files import atomic, make_folder
 
-# Paul Tol's "muted" colours, which colour-blind readers can tell apart, and a gray
+# Colours that colour-blind readers can tell apart: Okabe and Ito for a few lines, Paul Tol's "muted" and a gray for ten
+OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MUTED = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#555555")
+WIDTH = 8.4  # inches, at 100 dots each
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -64,72 +66,80 @@ def sheet(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     return canvas
 
 
-def plot_strip(images: list[Tensor], titles: list[str], path: Path) -> None:
-    """uint8 (3, H, W) images side by side, enlarged, each under its title."""
+def pyplot():
+    """matplotlib.pyplot without a display, with the one look of all figures. (Imported late: it takes a second.)"""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(images), figsize=(1.5 * len(images), 1.8), squeeze=False, layout="constrained")
+    cycle = matplotlib.cycler(color=OKABE_ITO)
+    look = {"font.size": 11, "axes.titlesize": 11, "figure.titlesize": 13, "savefig.dpi": 100, "axes.prop_cycle": cycle}
+    plt.rcParams.update(look | {"figure.constrained_layout.use": True, "legend.frameon": False})
+    return plt
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG, under a temporary name and renamed, and close it."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+    pyplot().close(figure)
+
+
+def plot_strip(images: list[Tensor], titles: list[str], path: Path) -> None:
+    """uint8 (3, H, W) images side by side, enlarged, each under its title."""
+    figure, axes = pyplot().subplots(1, len(images), figsize=(WIDTH, WIDTH / len(images) + 0.4), squeeze=False)
     for axis, image, title in zip(axes[0], images, titles, strict=True):
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title)
         axis.axis("off")
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_points(points: np.ndarray, groups: list[int], names: list[str], title: str, path: Path) -> None:
-    """Points (N, 2), coloured by group (an index into ``names``), with a legend beside the crowd.
+    """Points (N, 2), coloured by group (an index into ``names``), with a legend below the crowd.
 
     More than two groups are drawn as their names, one character each, without a legend: colour alone does not tell ten
     apart.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     many = len(names) > 2
-    colours = MUTED if many else ("#0072b2", "#d55e00")
-    figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
+    colours = MUTED if many else (OKABE_ITO[0], OKABE_ITO[1])
+    figure, axis = pyplot().subplots(figsize=(0.7 * WIDTH, 0.7 * WIDTH))
     for group, name in enumerate(names):
         chosen = points[np.array(groups) == group]
-        style = {"marker": f"${name}$", "s": 16} if many else {"s": 7}
+        style = {"marker": f"${name}$", "s": 24} if many else {"s": 9}
         axis.scatter(chosen[:, 0], chosen[:, 1], color=colours[group], label=name, linewidths=0, **style)
     axis.set(title=title, xticks=[], yticks=[])
     if not many:
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2.5, frameon=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+        figure.legend(loc="outside lower center", ncols=len(names), markerscale=3)
+    save_figure(figure, path)
 
 
-def plot_curves(metrics_csv: Path, path: Path, panels: tuple[tuple[str, ...], ...], title: str) -> None:
-    """One panel per tuple of columns of a metrics CSV, against its ``step`` column. Empty cells are left out."""
-    import matplotlib
+def plot_curves(metrics_csv: Path, path: Path, panels: dict[str, tuple[str, ...]], title: str) -> None:
+    """Columns of a metrics CSV against its ``step`` column, one panel (title: columns) each, two in a row.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Empty cells, columns that are zero throughout and panels without numbers are left out.
+    """
     with metrics_csv.open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    panels = [columns for columns in panels if any(row.get(c) for row in rows for c in columns)]
+    columns = {c for names in panels.values() for c in names if any(float(row.get(c) or 0) for row in rows)}
+    panels = {name: shown for name, names in panels.items() if (shown := [c for c in names if c in columns])}
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axis, columns in zip(axes[0], panels, strict=True):
-        for column in columns:
+    height = -(-len(panels) // 2)
+    figure, axes = pyplot().subplots(height, 2, figsize=(WIDTH, 2.6 * height + 0.4), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (name, shown) in zip(axes.flat, panels.items(), strict=False):
+        many = len(shown) > len(OKABE_ITO)
+        for i, column in enumerate(shown):
             points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=column, marker="." if len(points) < 30 else None)
-        axis.set_xlabel("training step")
+            style = {"color": MUTED[i % len(MUTED)], "markersize": 7} if many else {}
+            few = f"${column[-1]}$" if many else "."
+            axis.plot(*zip(*points, strict=True), label=column, marker=few if len(points) < 30 else None, **style)
+        axis.set(title=name, xlabel="training step")
         axis.grid(alpha=0.3)
-        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(columns) > 6 else {}
-        axis.legend(**beside)
+        if len(shown) > 1:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9, handlelength=1)
     figure.suptitle(title)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)

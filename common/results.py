@@ -7,8 +7,6 @@ place. A row is known by its ``key`` (for instance sampler, steps and seed): mea
 import argparse
 import hashlib
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ import torch
 from common.device import hardware
 from common.errors import UserError
 from common.files import atomic, make_folder
-from common.run import git_commit
+from common.run import command_line, git_commit
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +34,16 @@ def read_results(path: Path) -> list[dict]:
         raise UserError(f"{path}: no such result file; measure with --record {path}, or restore it with git") from None
     except (ValueError, OSError):
         rows = None
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or "key" not in row for row in rows):
+    parts = {"key": dict, "scores": dict, "weights": str, "hardware": str}
+
+    def sound(row: object) -> bool:
+        return (
+            isinstance(row, dict)
+            and all(isinstance(row.get(name), kind) for name, kind in parts.items())
+            and all(isinstance(score, (int, float)) for score in row["scores"].values())
+        )
+
+    if not isinstance(rows, list) or not all(map(sound, rows)):
         raise UserError(f"{path}: not a result file; move it away, or restore it with git")
     return rows
 
@@ -60,7 +67,7 @@ def record(path: Path, key: dict, scores: dict[str, float], weights: Path | None
             "key": key,
             "scores": {name: float(f"{value:.6g}") for name, value in scores.items()},
             "weights": weights_id(weights) if weights else "none",
-            "command": shlex.join(["python3", *sys.argv]),
+            "command": command_line(),
             "commit": git_commit(),
             "hardware": hardware(device),
         }

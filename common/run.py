@@ -104,6 +104,12 @@ def resume_options(parser: argparse.ArgumentParser, options: argparse.Namespace,
     return merged
 
 
+def command_line() -> str:
+    """The command of this process, as it would be typed in the repository's folder."""
+    here = f"{Path(__file__).resolve().parents[1]}/"
+    return shlex.join(["python3", *(word.removeprefix(here) for word in sys.argv)])
+
+
 def git_commit() -> str:
     """Commit of the code, with ``+changes`` when the tree differs from it; ``unknown`` outside git."""
     here = Path(__file__).resolve().parent
@@ -125,7 +131,7 @@ class Run:
     @classmethod
     def start(cls, name: str, options: argparse.Namespace, before: list[dict] | None = None) -> "Run":
         """``before`` tells of the runs whose weights this one starts from."""
-        this = {"command": shlex.join(["python3", *sys.argv]), "commit": git_commit()}
+        this = {"command": command_line(), "commit": git_commit()}
         if options.resume:
             run = cls(options.resume)
             record = run.record

@@ -37,7 +37,7 @@ class Trainer:
     losses: tuple[str, ...]  # names of what ``update`` returns
     scores: tuple[str, ...]  # names of what ``evaluate`` may return
     selects: str  # the score whose smallest value marks the best weights
-    panels: tuple[tuple[str, ...], ...]  # columns drawn together in curves.png
+    panels: dict[str, tuple[str, ...]]  # title: columns drawn together in curves.png
 
     def __init__(
         self,
