@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import atomic, make_folder, write_json
 
 BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
-FREE_ON_RESUME = {"resume", "device", "data", "save_every", "out", *BUDGET}  # the rest define the result
+FREE_ON_RESUME = {"resume", "device", "data", "save_every", "keep", "out", *BUDGET}  # the rest define the result
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--bf16", action=boolean, help="bfloat16 autocast (default: where the processor profits)")
     parser.add_argument("--save-every", type=positive_float, default=3.0, help="minutes between training states")
+    parser.add_argument("--keep", action="store_true", help="keep the weights of every evaluation (step_*.safetensors)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
 

@@ -152,6 +152,8 @@ class Trainer:
         if evaluate and (score is None or self.best is None or score < self.best):
             self.best = score
             self.export("best", scores)
+        if evaluate and self.o.keep:
+            self.export(f"step_{self.step:06d}", scores)
         plot_curves(self.run.metrics_path, self.run.folder / "curves.png", self.panels, self.run.folder.name)
 
     def train(self) -> None:

@@ -85,7 +85,7 @@ def test_the_upper_bound_needs_labels(unlabelled, tmp_path):
 
 def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
     options = ("--method", "dann-st", "--steps", 6, "--eval-every", 3, "--threshold", 0.1)
-    options += ("--entropy", 0.1, "--mixup", 0.1)
+    options += ("--entropy", 0.1, "--mixup", 0.1, "--keep")
     assert train(domains, tmp_path / "a", *options).code == 0
     update = p3_train.AdaptationTrainer.update
 
@@ -104,6 +104,8 @@ def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
     for part in ("network", "average", "domain"):
         for key, tensor in a["parts"][part].items():
             assert torch.equal(tensor, b["parts"][part][key]), (part, key)
+    kept = sorted((tmp_path / "b" / name).glob("step_*.safetensors"))
+    assert [load_weights(path)[1]["steps"] for path in kept] == [3, 6]
 
 
 def test_mutual_information():

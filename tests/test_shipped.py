@@ -1,5 +1,7 @@
 """What the repository ships: weight files that say where they come from, and a README that agrees with the results."""
 
+import re
+
 import pytest
 import torch
 
@@ -36,12 +38,28 @@ def test_the_shipped_classifier_reads_ten_classes():
     assert logits.shape == (2, 10)
 
 
-TABLES = (report.digits_table, report.samplers_table, report.adaptation_table, report.seeds_table)
+TABLES = (
+    report.faces_table,
+    report.digits_table,
+    report.samplers_table,
+    report.adaptation_table,
+    report.seeds_table,
+)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda f: f.__name__)
-def test_the_readme_shows_the_result_files(table):
-    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["README.md", "report/README.md"])
+def test_texts_show_the_result_files(table, file):
+    assert table() in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", ["README.md", "report/README.md"])
+def test_pictures_of_texts_are_there(file):
+    path = ROOT / file
+    shown = [path.parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8"))]
+    assert len(shown) >= 6
+    assert [picture for picture in shown if not picture.is_file()] == []
+    assert sum(picture.stat().st_size for picture in set(shown)) < 4e6
 
 
 @pytest.mark.parametrize("target", report.TARGETS)
