@@ -90,8 +90,10 @@ def rows_of(path: Path, file: Path | None = None, **key: object) -> list[dict]:
     if not path.exists() or (file and not file.exists()):
         return []
     found = [row for row in read_results(path) if all(row["key"].get(k) == v for k, v in key.items())]
-    found = [row | {part: Entries(row[part], path) for part in ("key", "scores")} for row in found]
-    return [row for row in found if file is None or row["weights"] == weights_id(file)]
+    if file:
+        weights = weights_id(file)
+        found = [row for row in found if row["weights"] == weights]
+    return [row | {part: Entries(row[part], path) for part in ("key", "scores")} for row in found]
 
 
 class Entries(dict):
@@ -183,9 +185,9 @@ def samplers_table() -> str:
     return table([*header, "ms an image", "on"], lines)
 
 
-def adaptation_rows(checkpoint: str, **key: object) -> list[dict]:
-    """Rows of adaptation on validation digits, of the best or the last checkpoints."""
-    return rows_of(RESULTS / "adaptation.json", scored="val", checkpoint=checkpoint, **key)
+def adaptation_rows(**key: object) -> list[dict]:
+    """Rows of adaptation on validation digits, with these entries in their keys."""
+    return rows_of(RESULTS / "adaptation.json", scored="val", **key)
 
 
 def adaptation_table() -> str:
@@ -193,7 +195,7 @@ def adaptation_table() -> str:
     lines = []
     for target, name in TARGETS.items():
         for (method, network), title in METHODS.items():
-            rows = adaptation_rows("best", target=target, method=method, network=network)
+            rows = adaptation_rows(checkpoint="best", target=target, method=method, network=network)
             if rows:
                 score = f"{mean_and_spread(column(rows, 'accuracy'), 2)} %"
                 lines.append([name, title, str(len(rows)), score, PUBLISHED[target].get(title, "")])
@@ -207,9 +209,9 @@ def seeds_table() -> str:
 
     The oracle is the best of all kept checkpoints (--keep) by the target's labels: what any choice could reach at most.
     """
-    last = {row["key"]["training"]: f"{row['scores']['accuracy']:.2f} %" for row in adaptation_rows("last")}
+    last = {row["key"]["training"]: f"{row['scores']['accuracy']:.2f} %" for row in adaptation_rows(checkpoint="last")}
     every: dict[str, list[float]] = {}  # accuracies of all kept checkpoints of a run
-    for row in rows_of(RESULTS / "adaptation.json", scored="val"):
+    for row in adaptation_rows():
         if row["key"]["checkpoint"].startswith("step_"):
             every.setdefault(row["key"]["training"], []).append(row["scores"]["accuracy"])
     lines = []
@@ -217,7 +219,7 @@ def seeds_table() -> str:
         weights = CHECKPOINTS / f"p3_{target}.safetensors"
         shipped = weights_id(weights) if weights.exists() else None
         for method in ("dann", "dann-st"):
-            rows = adaptation_rows("best", target=target, method=method, network="dann")
+            rows = adaptation_rows(checkpoint="best", target=target, method=method, network="dann")
             for row in sorted(rows, key=lambda r: r["key"]["seed"]):
                 key, scores = row["key"], row["scores"]
                 cells = [name, METHODS[method, "dann"], str(key["seed"]), f"{scores['validator']:.4f}"]
@@ -317,7 +319,7 @@ def draw_digits(o: argparse.Namespace) -> str:
     drawn = [name for name in titles if o.data or name != "neighbours"]
     options = [x for name in drawn for x in (f"--{name}", o.out / f"digits_{name}.png")]
     options += ["--evaluate", o.data / "digits" / "mnistm"] if o.data else []
-    options += ["--per-digit", DIGITS if o.data else min(10, DIGITS)]
+    options += ["--per-digit", DIGITS if o.data else 10]
     with tempfile.TemporaryDirectory() as folder:
         call("p2_test.py", "--out", folder, "--weights", CHECKPOINTS / "p2_unet.safetensors", *options)
     text = [f"### {titles[name]}\n\n![{titles[name]}](digits_{name}.png)" for name in drawn]
@@ -352,6 +354,8 @@ def observations(_o: argparse.Namespace) -> str:
 
 
 HEAD = """\
+# Report
+
 Every table and figure of the study, made by `python3 report.py --data hw2_data` from the shipped weights. The numbers
 are those of `results/*.json`, where each row has its command, commit and hardware. Their definitions are in the
 repository's README, [The numbers](../README.md#the-numbers)."""
@@ -437,9 +441,8 @@ def part_key(part: Part, o: argparse.Namespace) -> str:
 def write(o: argparse.Namespace, texts: dict[str, str]) -> None:
     """All parts that have been built, in order, into README.md."""
     chapters = [f"## {part.title}\n\n{texts[name]}" for name, part in PARTS.items() if name in texts]
-    head = f"# Report\n\n{HEAD}"
     with atomic(o.out / "README.md") as temporary:
-        temporary.write_text("\n\n".join([head, *chapters]) + "\n", encoding="utf-8")
+        temporary.write_text("\n\n".join([HEAD, *chapters]) + "\n", encoding="utf-8")
 
 
 def build_parser() -> argparse.ArgumentParser:

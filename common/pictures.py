@@ -103,7 +103,7 @@ def plot_points(points: np.ndarray, groups: list[int], names: list[str], title: 
     apart.
     """
     many = len(names) > 2
-    colours = MUTED if many else (OKABE_ITO[0], OKABE_ITO[1])
+    colours = MUTED if many else OKABE_ITO
     figure, axis = pyplot().subplots(figsize=(0.7 * WIDTH, 0.7 * WIDTH))
     for group, name in enumerate(names):
         chosen = points[np.array(groups) == group]

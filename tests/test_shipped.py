@@ -65,7 +65,7 @@ def test_pictures_of_texts_are_there(file):
 @pytest.mark.parametrize("target", report.TARGETS)
 def test_the_shipped_seed_is_the_label_free_choice(target):
     """Of the seeds of our method, the one with the best validator, which knows no target label."""
-    rows = report.adaptation_rows("best", method="dann-st", target=target)
+    rows = report.adaptation_rows(checkpoint="best", method="dann-st", target=target)
     assert len(rows) >= 3
     choice = min(rows, key=lambda row: row["scores"]["validator"])
     assert choice["weights"] == weights_id(ROOT / "checkpoints" / f"p3_{target}.safetensors")
