@@ -23,7 +23,7 @@ from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import UserError, run_main
 from common.files import check_writable, make_folder
-from common.pictures import plot_strip, save_images, save_png, sheet, to_uint8
+from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
 from common.run import positive_int
 from datasets.digits import CLASSES, SIZE
@@ -163,7 +163,7 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
             return predict(x, t)
 
         solve(counted, "ddpm", [], image_generators(o.seed, digit, range(1, 2)), device, watch)
-    plot_strip([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path)
+    plot_images([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path, columns=len(FIGURE_T))
 
 
 class Judge:

@@ -2,6 +2,7 @@
 
   python3 p3_test.py --images hw2_data/digits/svhn/test --out labels.csv      # image_name,label, sorted by name
   python3 p3_test.py --images DIR --out labels.csv --evaluate truth.csv       # accuracy and confusion matrix, too
+  python3 p3_test.py --images DIR --out labels.csv --evaluate truth.csv --errors errors.png   # the surest errors
   python3 p3_test.py --tsne figures --target svhn --data hw2_data/digits      # the report's two plots of a pair
 
 The domain is --target, else svhn or usps in the path of the images (the last component that names one), else the
@@ -23,7 +24,7 @@ from common.device import pick_device
 from common.ema import reestimate_batch_norm
 from common.errors import UserError, run_main
 from common.files import atomic, make_folder
-from common.pictures import plot_points
+from common.pictures import plot_images, plot_points
 from common.results import add_record_option, check_record, record
 from datasets.augment import digit_input
 from datasets.digits import CLASSES, SIZE, load_digits, load_labels, read_labels
@@ -33,6 +34,7 @@ from models.dann import NETWORKS
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 TARGETS = ("svhn", "usps")
 SLICE = 100  # images per forward pass
+ERRORS = 40  # in the sheet of the surest ones
 TSNE_IMAGES = 1000  # validation images of each domain in a plot
 
 
@@ -44,6 +46,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="default: checkpoints/p3_TARGET.safetensors")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read or are not 28x28")
     parser.add_argument("--evaluate", type=Path, metavar="CSV", help="true labels (image_name,label) to score against")
+    parser.add_argument("--errors", type=Path, metavar="FILE", help=f"with --evaluate: draw the {ERRORS} surest errors")
     add_record_option(parser)
     parser.add_argument("--tsne", type=Path, metavar="FOLDER", help="draw features by class and by domain")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="for --tsne: mnistm, svhn, usps")
@@ -54,6 +57,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if o.images and not o.out:
         parser.error("--images needs --out, the CSV file to write")
     check_record(o.record, bool(o.evaluate))
+    if o.errors and not o.evaluate:
+        parser.error("--errors needs --evaluate, the true labels")
     if o.tsne and not o.images and not o.target:
         parser.error("--tsne needs --target")
     return o
@@ -119,14 +124,12 @@ class Reader:
         return torch.cat([extractor(x).cpu() for x in self.see(images)])
 
 
-def write_labels(paths: list[Path], labels: list[int], out: Path) -> None:
+def write_labels(names: list[str], labels: list[int], out: Path) -> None:
     make_folder(out.parent)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; give the name of a CSV file")
     with atomic(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows(
-            [("image_name", "label"), *((p.name, label) for p, label in zip(paths, labels, strict=True))]
-        )
+        csv.writer(f, lineterminator="\n").writerows([("image_name", "label"), *zip(names, labels, strict=True)])
 
 
 def print_scores(names: list[str], guesses: list[int], truth: dict[str, int], path: Path) -> float:
@@ -147,6 +150,18 @@ def print_scores(names: list[str], guesses: list[int], truth: dict[str, int], pa
         right = 100 * row[c] / row.sum().clamp(min=1)
         print(f"{c:11d}" + "".join(f"{n:6d}" for n in row.tolist()) + f"{right:8.1f} %")
     return accuracy
+
+
+def draw_errors(images: Tensor, p: Tensor, names: list[str], truth: dict[str, int], path: Path) -> None:
+    """The images of ``names`` that are read wrongly, with the highest probability p (N, 10) first, as a sheet."""
+    sure, read = p.max(1)
+    wrong = [i for i in sure.argsort(descending=True).tolist() if truth.get(names[i], read[i]) != read[i]][:ERRORS]
+    if not wrong:
+        print(f"{path}: not drawn, every image is read correctly")
+        return
+    make_folder(path.parent)
+    titles = [f"{truth[names[i]]} read as {read[i]}\n{sure[i]:.2f}" for i in wrong]
+    plot_images(images[wrong], titles, path, columns=8)
 
 
 def domain_distance(source: Tensor, target: Tensor) -> float:
@@ -198,11 +213,15 @@ def main() -> None:
     weights = o.weights or CHECKPOINTS / f"p3_{target}.safetensors"
     reader = Reader(weights, device)
     if o.images:
-        guesses = reader.probabilities(decode_files(paths, SIZE)).argmax(1).tolist()
-        write_labels(paths, guesses, o.out)
+        images, names = decode_files(paths, SIZE), [path.name for path in paths]
+        p = reader.probabilities(images)
+        guesses = p.argmax(1).tolist()
+        write_labels(names, guesses, o.out)
         print(f"{o.out}: {len(paths)} images of {target}")
         if truth is not None:
-            accuracy = print_scores([p.name for p in paths], guesses, truth, o.evaluate)
+            accuracy = print_scores(names, guesses, truth, o.evaluate)
+            if o.errors:
+                draw_errors(images, p, names, truth, o.errors)
             if o.record:
                 key = {"target": target} | {name: reader.options[name] for name in ("method", "network", "seed")}
                 key |= {"training": reader.card["command"], "checkpoint": weights.stem, "scored": o.evaluate.stem}

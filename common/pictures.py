@@ -4,6 +4,7 @@ import csv
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +87,16 @@ def save_figure(figure, path: Path) -> None:
     pyplot().close(figure)
 
 
-def plot_strip(images: list[Tensor], titles: list[str], path: Path) -> None:
-    """uint8 (3, H, W) images side by side, enlarged, each under its title."""
-    figure, axes = pyplot().subplots(1, len(images), figsize=(WIDTH, WIDTH / len(images) + 0.4), squeeze=False)
-    for axis, image, title in zip(axes[0], images, titles, strict=True):
+def plot_images(images: Sequence[Tensor], titles: list[str], path: Path, columns: int) -> None:
+    """uint8 (3, H, W) images row by row, enlarged, each under its title."""
+    rows = -(-len(images) // columns)
+    size = (WIDTH, rows * (WIDTH / columns + 0.4))
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title)
-        axis.axis("off")
     save_figure(figure, path)
 
 

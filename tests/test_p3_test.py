@@ -123,6 +123,28 @@ def test_scores(tmp_path, capsys):
     assert_user_error(outcome, truth, "1 images", "other.png")
 
 
+def test_sheet_of_errors(tmp_path, monkeypatch, capsys):
+    """The surest error first, each with its image; what is right, or has no true label, is not shown."""
+    write_pngs(tmp_path / "svhn", smooth_images(5, 28))
+    write_index(tmp_path / "truth.csv", [(f"{i:05d}.png", label) for i, label in enumerate((7, 3, 8))])
+    options = ("--evaluate", tmp_path / "truth.csv", "--errors", tmp_path / "new" / "errors.png")
+    assert classify(tmp_path / "svhn", tmp_path / "o.csv", *options).code == 0
+    with Image.open(tmp_path / "new" / "errors.png") as image:
+        assert image.size[0] > 500
+    shown = []
+    monkeypatch.setattr(p3_test, "plot_images", lambda *a, **_: shown.append(a))
+    images, p = torch.arange(5).view(5, 1, 1, 1), torch.eye(10)[[3, 3, 3, 3, 3]]
+    p[2] *= 0.9
+    p[0] *= 0.8
+    truth = {"a": 7, "b": 3, "c": 8, "d": 3}
+    p3_test.draw_errors(images, p, list("abcde"), truth, tmp_path / "errors.png")
+    ((pictures, titles, _),) = shown
+    assert pictures.flatten().tolist() == [2, 0]
+    assert titles == ["8 read as 3\n0.90", "7 read as 3\n0.80"]
+    p3_test.draw_errors(images, p, list("abcde"), {"b": 3}, tmp_path / "errors.png")
+    assert "every image is read correctly" in capsys.readouterr().out and len(shown) == 1
+
+
 def test_plots(tmp_path, capsys):
     for name in ("mnistm", "usps"):
         paths = write_pngs(tmp_path / name / "data", smooth_images(30, 28, 3 if name == "mnistm" else 1))

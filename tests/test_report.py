@@ -12,7 +12,7 @@ import p2_test
 import p3_test
 import report
 from common.checkpoint import save_weights
-from common.pictures import plot_strip
+from common.pictures import plot_images
 from common.results import weights_id
 from models import dcgan
 from models.dann import Dann
@@ -179,7 +179,7 @@ def test_a_whole_study_is_measured_on_data(study, faces, digits, mean_inception,
     monkeypatch.setattr(report, "DIGITS", 2)
     monkeypatch.setattr(p2_test, "SLICE", 2)
     monkeypatch.setattr(p2_test, "FAST", p2_test.FAST | {"steps": 1})
-    monkeypatch.setattr(p2_test, "draw_trajectory", lambda *a: plot_strip([torch.zeros(3, 8, 8)], ["t = 0"], a[-1]))
+    monkeypatch.setattr(p2_test, "draw_trajectory", lambda *a: plot_images([torch.zeros(3, 8, 8)], ["t = 0"], a[-1], 1))
     data = study / "data"
     (data / "digits").mkdir(parents=True)
     for name, source in (("face", faces), ("digits/mnistm", digits), ("digits/usps", digits)):
