@@ -233,19 +233,20 @@ def seeds_table() -> str:
 
 
 def ablation_table() -> str:
-    """Variants of the recipes by their options: accuracy on the target's training images, over seeds."""
-    groups: dict[str, list[dict]] = {}
+    """Variants of the recipes by their options, worst first: accuracy on the target's training images, over seeds."""
+    aside = ("--target", "--seed", "--out", "--data")
+    groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):
         words = shlex.split(row["key"]["training"])[2:]  # without python3 p3_train.py
-        aside = {i + k for i, word in enumerate(words) if word in ("--seed", "--out", "--data") for k in (0, 1)}
-        groups.setdefault(shlex.join(w for i, w in enumerate(words) if i not in aside), []).append(row)
-    if not groups:
-        return "Not measured yet: results/ablation.json is missing."
+        told = {i + k for i, word in enumerate(words) if word in aside for k in (0, 1)}
+        options = shlex.join(word for i, word in enumerate(words) if i not in told)
+        groups.setdefault((row["key"]["target"], options), []).append(row)
     lines = []
-    for options, rows in sorted(groups.items()):
+    ranked = sorted(groups.items(), key=lambda group: statistics.mean(column(group[1], "accuracy")))
+    for (target, options), rows in sorted(ranked, key=lambda group: group[0][0]):
         scores = [f"{mean_and_spread(column(rows, 'accuracy'), 1)} %", mean_and_spread(column(rows, "validator"), 3)]
-        lines.append([f"`{options}`", str(len(rows)), *scores])
-    return table(["options of p3_train.py", "seeds", "accuracy, training images", "validator"], lines)
+        lines.append([TARGETS[target], f"`{options}`", str(len(rows)), *scores])
+    return table(["MNIST-M to", "options of p3_train.py", "seeds", "accuracy, training images", "validator"], lines)
 
 
 # Parts

@@ -99,7 +99,7 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  |" in report.adaptation_table()
     assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % | 98.50 % |  |" in report.seeds_table()
     ablation = report.ablation_table().splitlines()
-    assert ablation[2:] == ["| `--method dann --target usps --adversary 1` | 2 | 60.5 ± 0.7 % | -1.500 ± 0.000 |"]
+    assert ablation[2:] == ["| USPS | `--method dann --adversary 1` | 2 | 60.5 ± 0.7 % | -1.500 ± 0.000 |"]
     (study / "results" / "faces.json").unlink()
     assert report.faces_table().startswith("Not measured yet")
 
