@@ -62,7 +62,11 @@ RECIPES = {
     "dann": ADAPTED | {"steps": 600, "ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}
+FOR_TARGET = {"svhn": {"fit": True, "neighbours": True}, "usps": {"fit": True, "gray": True}}
+FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
+    "svhn": {"width": (0.75, 1.2), "height": (1.0, 1.5)},
+    "usps": {"width": (1.0, 1.5), "height": (1.1, 1.6)},
+}
 STEPS = {"svhn": 1600, "usps": 800}  # of dann-st
 
 
@@ -82,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--standardise", action=boolean, default=True, help="mean 0, deviation 1 for each image")
     parser.add_argument("--intensity", action=boolean, default=False, help="* flip, scale and shift intensities")
     parser.add_argument("--geometry", action=boolean, default=False, help="* turn, scale and shift images")
+    parser.add_argument("--fit", action=boolean, default=False, help="* with --geometry: source digits of target size")
     parser.add_argument("--soften", action=boolean, default=False, help="* blur images, add noise")
     parser.add_argument("--neighbours", action=boolean, default=False, help="* source digits get neighbours (svhn)")
     parser.add_argument("--gray", action=boolean, default=False, help="* see all images in gray (usps)")
@@ -129,11 +134,12 @@ class DigitTrainer(Trainer):
         x = digit_input(images, self.o.size, self.o.standardise, self.o.gray)
         return x.contiguous(memory_format=torch.channels_last)
 
-    def augmented(self, images: Tensor, random: torch.Generator, with_neighbours: bool = False) -> Tensor:
+    def augmented(self, images: Tensor, random: torch.Generator, as_target: bool = False) -> Tensor:
+        """What the network learns from. ``as_target`` gives digits the size and the neighbours of the target's."""
         x = self.see(images)
         if self.o.geometry:
-            x = geometry(x, random)
-        if with_neighbours:
+            x = geometry(x, random, **(FIT[self.o.target] if as_target and self.o.fit else {}))
+        if as_target and self.o.neighbours:
             x = neighbours(x, random)
         if self.o.soften:
             x = soften(x, random)
@@ -247,7 +253,7 @@ class AdaptationTrainer(DigitTrainer):
         progress = self.budget.progress(self.step)
         factor = adaptation_factor(progress)
         self.network.train()
-        x_s, x_t = self.augmented(source, random, o.neighbours), self.augmented(target, random)
+        x_s, x_t = self.augmented(source, random, as_target=True), self.augmented(target, random)
         with autocast(device, o.bf16):
             h_s, h_t = self.features(x_s, x_t)
             logits_s, logits_t = self.network.predictor(h_s).float(), self.network.predictor(h_t).float()

@@ -82,17 +82,27 @@ def intensity(x: Tensor, generator: Generator) -> Tensor:
     return x * sign * (_uniform(x, generator) * 1.25 + 0.25) + (_uniform(x, generator) - 0.5)
 
 
-def geometry(x: Tensor, generator: Generator, turn: float = 0.2, zoom: float = 0.2, shift: float = 0.12) -> Tensor:
+def geometry(
+    x: Tensor,
+    generator: Generator,
+    turn: float = 0.2,
+    zoom: float = 0.2,
+    shift: float = 0.12,
+    width: tuple[float, float] = (1.0, 1.0),
+    height: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
     """Rotation by up to ``turn`` radians, scale 1 +- ``zoom`` in each direction, shift by up to ``shift`` of half the
-    side; the border is repeated."""
+    side; the border is repeated. Before that, what is seen is made wider and higher by factors from these ranges."""
     n = len(x)
 
-    def draw(reach: float) -> Tensor:
-        return (torch.rand(n, generator=generator, device=x.device) * 2 - 1) * reach
+    def draw(low: float, high: float) -> Tensor:
+        return torch.rand(n, generator=generator, device=x.device) * (high - low) + low
 
-    angle, sx, sy = draw(turn), 1 + draw(zoom), 1 + draw(zoom)
-    rows = [angle.cos() * sx, -angle.sin() * sy, draw(shift), angle.sin() * sx, angle.cos() * sy, draw(shift)]
-    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(x.shape), align_corners=False)
+    angle = draw(-turn, turn)
+    sx, sy = (draw(1 - zoom, 1 + zoom) / draw(*factors) for factors in (width, height))
+    dx, dy = draw(-shift, shift), draw(-shift, shift)
+    rows = torch.stack([angle.cos() * sx, -angle.sin() * sy, dx, angle.sin() * sx, angle.cos() * sy, dy], 1)
+    grid = F.affine_grid(rows.view(n, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 

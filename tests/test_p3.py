@@ -141,6 +141,10 @@ def test_digit_augmentations_are_small_and_reproducible():
     assert (centre - 15.5).abs().max() < 3
     assert (centre - 15.5).abs().max() > 1
 
+    larger = geometry(torch.nn.functional.pad(x, (1, 1, 1, 1)), random(), 0, 0, 0, width=(2, 2), height=(3, 3))
+    assert (larger.sum(3).amax((1, 2)) / x.sum(3).amax((1, 2))).mean() == pytest.approx(2, abs=0.1)
+    assert (larger.sum(2).amax((1, 2)) / x.sum(2).amax((1, 2))).mean() == pytest.approx(3, abs=0.1)
+
     stripes = torch.arange(32.0).expand(300, 1, 8, 32) + 100 * torch.arange(300.0).view(300, 1, 1, 1)
     crowded = neighbours(stripes, random())
     own = (crowded - stripes == 0).float()
