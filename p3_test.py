@@ -225,7 +225,8 @@ def main() -> None:
             if o.record:
                 key = {"target": target} | {name: reader.options[name] for name in ("method", "network", "seed")}
                 key |= {"training": reader.card["command"], "checkpoint": weights.stem, "scored": o.evaluate.stem}
-                record(o.record, key, {"accuracy": accuracy} | reader.card["held_out_scores"], weights, device)
+                scores = {"accuracy": accuracy, "minutes": reader.card["minutes"]} | reader.card["held_out_scores"]
+                record(o.record, key, scores, weights, device)
     if o.tsne:
         draw_tsne(reader, target, o.data, o.tsne)
 

@@ -197,11 +197,13 @@ def adaptation_table() -> str:
         for (method, network), title in METHODS.items():
             rows = adaptation_rows(checkpoint="best", target=target, method=method, network=network)
             if rows:
-                score = f"{mean_and_spread(column(rows, 'accuracy'), 2)} %"
-                lines.append([name, title, str(len(rows)), score, PUBLISHED[target].get(title, "")])
+                cells = [f"{mean_and_spread(column(rows, 'accuracy'), 2)} %", PUBLISHED[target].get(title, "")]
+                cells.append(f"{statistics.mean(column(rows, 'minutes')):.0f}")
+                lines.append([name, title, str(len(rows)), *cells])
     if not lines:
         return "Not measured yet: results/adaptation.json is missing."
-    return table(["MNIST-M to", "method", "training seeds", "accuracy", "published report, %"], lines)
+    header = ["MNIST-M to", "method", "training seeds", "accuracy", "published report, %", "minutes of training"]
+    return table(header, lines)
 
 
 def seeds_table() -> str:

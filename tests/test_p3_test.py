@@ -14,7 +14,7 @@ from models.dann import Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
 OPTIONS = {"size": 32, "standardise": True, "intensity": True, "gray": False, "separate": True}
-CARD = {"model": "dann", "config": {"dim": 2}, "command": "python3 p3_train.py --seed 4"}
+CARD = {"model": "dann", "config": {"dim": 2}, "command": "python3 p3_train.py --seed 4", "minutes": 9.5}
 CARD["held_out_scores"] = {"validator": -1.5}
 CARD["options"] = OPTIONS | {"method": "dann-st", "network": "dann", "target": "svhn", "seed": 4}
 
@@ -106,7 +106,7 @@ def test_scores(tmp_path, capsys):
     for _ in range(2):  # a row measured again is replaced
         assert classify(tmp_path / "svhn", tmp_path / "o.csv", *options).code == 0
     (row,) = read_results(tmp_path / "adaptation.json")
-    assert row["scores"] == {"accuracy": 75, "validator": -1.5}
+    assert row["scores"] == {"accuracy": 75, "minutes": 9.5, "validator": -1.5}
     assert row["key"]["training"] == CARD["command"]
     assert (row["key"]["method"], row["key"]["seed"], row["key"]["scored"]) == ("dann-st", 4, "truth")
     out = capsys.readouterr().out
