@@ -1,6 +1,7 @@
 """Errors a user can cause end as one line on stderr and a non-zero exit code."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -29,6 +30,11 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"{name}: error: {error}")
+    except (
+        BrokenPipeError
+    ):  # the reader of the output has left, as ``head`` does: nothing to say, and nobody to hear it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(f"{name}: error: {describe_os_error(error)}")
     except KeyboardInterrupt:

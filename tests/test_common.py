@@ -246,6 +246,16 @@ def test_images_appear_together_or_not_at_all(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_reader_that_leaves_is_no_error():
+    """As in ``bash hw2_3.sh IMAGES CSV --evaluate TRUTH | head -1``."""
+    code = "from common.errors import run_main; run_main(lambda: [print(i) for i in range(10**6)])"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_a_full_disk_is_one_line():
     error = OSError(28, "No space left on device", "/x/y")
     assert describe_os_error(error) == "/x/y: the disk is full; free some space or choose another place"
