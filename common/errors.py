@@ -30,9 +30,7 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"{name}: error: {error}")
-    except (
-        BrokenPipeError
-    ):  # the reader of the output has left, as ``head`` does: nothing to say, and nobody to hear it
+    except BrokenPipeError:  # the reader of the output has left, as ``head`` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
