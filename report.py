@@ -244,8 +244,12 @@ def ablation_table() -> str:
         options = shlex.join(word for i, word in enumerate(words) if i not in told)
         groups.setdefault((row["key"]["target"], options), []).append(row)
     lines = []
-    ranked = sorted(groups.items(), key=lambda group: statistics.mean(column(group[1], "accuracy")))
-    for (target, options), rows in sorted(ranked, key=lambda group: group[0][0]):
+
+    def rank(group: tuple[str, str]) -> tuple[str, float]:
+        return group[0], statistics.mean(column(groups[group], "accuracy"))
+
+    for target, options in sorted(groups, key=rank):
+        rows = groups[target, options]
         scores = [f"{mean_and_spread(column(rows, 'accuracy'), 1)} %", mean_and_spread(column(rows, "validator"), 3)]
         lines.append([TARGETS[target], f"`{options}`", str(len(rows)), *scores])
     return table(["MNIST-M to", "options of p3_train.py", "seeds", "accuracy, training images", "validator"], lines)

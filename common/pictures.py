@@ -94,7 +94,7 @@ def plot_images(images: Sequence[Tensor], titles: list[str], path: Path, columns
     figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+    for axis, (image, title) in zip(axes.flat, zip(images, titles, strict=True), strict=False):
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title)
     save_figure(figure, path)
