@@ -54,13 +54,14 @@ ADAPTED = FOR_NETWORK["dann"] | {  # both adapted networks
     "separate": True,
     "intensity": True,
     "geometry": True,
+    "fit": True,
     "soften": True,
 }
 RECIPES = {
     "source": {"steps": 1000, "ema": 0.99},
     "target": {"steps": 800, "ema": 0.99, "geometry": True},
     "dann": ADAPTED | {"steps": 600, "ema": 0.99},
-    "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0, "fit": True},
+    "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
 FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}
 FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
