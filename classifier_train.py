@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.device import pick_device, step_generator
-from common.errors import run_main
+from common.errors import Parser, run_main
 from common.run import add_common_options, parse_with_resume, positive_int
 from common.trainer import Trainer
 from datasets.augment import normalise, translation
@@ -25,8 +25,8 @@ from metrics.classify import accuracy
 from models.classifier import Classifier
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with train and val")
     parser.add_argument("--steps", type=positive_int, default=12_000, help="updates")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images per update")

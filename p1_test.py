@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.checkpoint import load_network
 from common.device import noise, pick_device
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.files import make_folder
 from common.pictures import save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
@@ -31,7 +31,7 @@ SLICE = 50  # images per forward pass; a constant, because float sums may differ
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p1_sngan.safetensors")
     parser.add_argument("--count", type=positive_int, default=1000, help="images to write (default: 1000)")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, reestimate_batch_norm
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
 from common.trainer import LOG_STEPS, Part, Trainer
@@ -52,8 +52,8 @@ EVAL_SEED = -2  # noise of sheets and scores during training, apart from every s
 COLLAPSE_LOSS, COLLAPSE_ROWS = 0.02, 10  # mean loss below which the discriminator has won, for so many log rows
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--model", choices=MODELS, default="sngan")
     parser.add_argument("--recipe", choices=("ours", "report"), default="ours", help="defaults of the options marked *")

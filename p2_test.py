@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.files import check_writable, make_folder
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
@@ -40,7 +40,7 @@ FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's fi
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p2_unet.safetensors")
     parser.add_argument("--digits", default="0123456789", help="which digits (default: 0123456789)")

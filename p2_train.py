@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common.checkpoint import history, load_network
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
 from common.trainer import Part, Trainer
@@ -66,8 +66,8 @@ EVAL = argparse.Namespace(sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, 
 COLOURS = ("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--recipe", choices=RECIPES, default="ours", help="defaults of the options marked *")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")

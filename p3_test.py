@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.checkpoint import load_network
 from common.device import pick_device
 from common.ema import reestimate_batch_norm
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.files import atomic, make_folder
 from common.pictures import plot_images, plot_points
 from common.results import add_record_option, check_record, record
@@ -39,7 +39,7 @@ TSNE_IMAGES = 1000  # validation images of each domain in a plot
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--images", type=Path, help="folder of 28x28 digits")
     parser.add_argument("--out", type=Path, metavar="CSV", help="file for the labels; its folder is made when missing")
     parser.add_argument("--target", choices=TARGETS, help="default: found from the path or the images")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.run import add_common_options, parse_with_resume, positive_int
 from common.trainer import Trainer
 from datasets.augment import cutout, digit_input, geometry, intensity, neighbours, soften
@@ -71,8 +71,8 @@ FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much
 SELF_TRAINED = {"svhn": {"steps": 2000, "cutout": True}, "usps": {"steps": 800}}  # dann-st's own
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--method", choices=RECIPES, default="dann-st", help="decides the defaults marked *")
     parser.add_argument("--target", choices=("svhn", "usps"), default="svhn")

@@ -28,7 +28,7 @@ import p2_test
 import p2_train
 import p3_train
 from common.checkpoint import history, load_network, load_weights
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.files import atomic, make_folder, read_json, write_json
 from common.pictures import plot_curves, save_png, sheet
 from common.results import read_results, weights_id
@@ -452,8 +452,8 @@ def write(o: argparse.Namespace, texts: dict[str, str]) -> None:
         temporary.write_text("\n\n".join([HEAD, *chapters]) + "\n", encoding="utf-8")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder with face/ and digits/; without it nothing is measured")
     parser.add_argument("--out", type=Path, default=HERE / "report", help="default: report/ beside this script")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")

@@ -1,15 +1,27 @@
 """Errors a user can cause end as one line on stderr and a non-zero exit code."""
 
+import argparse
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Something the user can mend. The message names the file or option, and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses a script's options; ``--help`` shows its docstring. Raises UserError for what it cannot take."""
+
+    def __init__(self, description: str | None, prog: str | None = None):
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def describe_os_error(error: OSError) -> str:

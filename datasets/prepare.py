@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import UserError, run_main
+from common.errors import Parser, UserError, run_main
 from common.files import make_folder, read_json, write_json
 from common.pictures import save_png, sheet
 from common.run import positive_int
@@ -70,10 +70,8 @@ class Plan:
     draw: Callable[[int], np.ndarray]  # uint8 (H, W, 3) or (H, W)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="datasets.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> Parser:
+    parser = Parser(__doc__, prog="datasets.prepare")
     parser.add_argument("dest", type=Path, help="folder to build, such as hw2_data")
     parser.add_argument("--only", nargs="+", choices=SETS, default=SETS, metavar="SET", help=f"of {', '.join(SETS)}")
     parser.add_argument("--mnist", type=Path, help="MNIST: the four idx files, gzipped or not")

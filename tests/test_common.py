@@ -16,11 +16,11 @@ from torch import nn
 from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
 from common.device import noise, pick_device, step_generator
 from common.ema import EMA
-from common.errors import UserError, describe_os_error
+from common.errors import Parser, UserError, describe_os_error
 from common.files import atomic
 from common.pictures import save_images, sheet, to_uint8
 from common.results import check_record, read_results, record
-from common.run import Budget, Run, annealed, given_options, resume_options
+from common.run import Budget, Run, annealed, given_options, positive_float, positive_int, resume_options
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
@@ -254,6 +254,25 @@ def test_a_reader_that_leaves_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--bogus 3", "unrecognized arguments: --bogus 3"),
+        ("--steps 0", "argument --steps: 0 is not a positive whole number"),
+        ("--steps ten", "argument --steps: ten is not a positive whole number"),
+        ("--minutes nan", "argument --minutes: nan is not a positive number"),
+        ("--minutes long", "argument --minutes: long is not a positive number"),
+    ],
+)
+def test_wrong_options_are_one_line(capsys, words, message):
+    parser = Parser("docstring")
+    parser.add_argument("--steps", type=positive_int)
+    parser.add_argument("--minutes", type=positive_float)
+    with pytest.raises(UserError, match=f"^{message}; --help lists the options$"):
+        parser.parse_args(words.split())
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_full_disk_is_one_line():
