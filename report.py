@@ -235,24 +235,45 @@ def seeds_table() -> str:
 
 
 def ablation_table() -> str:
-    """Variants of the recipes by their options, worst first: accuracy on the target's training images, over seeds."""
-    aside = ("--target", "--seed", "--out", "--data")
-    groups: dict[tuple[str, str], list[dict]] = {}
+    """What single options do to the adapted recipes: accuracy on target training images, and for each change the
+    differences to the recipe's run of the same seed."""
+    accuracy: dict[tuple[str, str], dict[tuple[str, int], float]] = {}  # (recipe, change): by target and seed
     for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):
-        words = shlex.split(row["key"]["training"])[2:]  # without python3 p3_train.py
-        told = {i + k for i, word in enumerate(words) if word in aside for k in (0, 1)}
-        options = shlex.join(word for i, word in enumerate(words) if i not in told)
-        groups.setdefault((row["key"]["target"], options), []).append(row)
+        recipe, change = split_command(row["key"]["training"])
+        found = accuracy.setdefault((f"{METHODS[row['key']['method'], 'dann']} {recipe}".strip(), change), {})
+        found[row["key"]["target"], row["key"]["seed"]] = row["scores"]["accuracy"]
     lines = []
+    for (recipe, change), found in accuracy.items():
+        base = accuracy.get((recipe, ""), {})
+        gained = {t: [found[k] - base[k] for k in sorted(found) if k[0] == t and k in base] for t in TARGETS}
+        seeds = {len(values) for values in gained.values() if values}
+        if not seeds:  # nothing to compare with
+            continue
+        if change:
+            cells = [f"{mean_and_spread(v, 1)}" if v else "" for v in gained.values()]
+            cells = [f"+{cell}" if cell and cell[0] != "-" else cell for cell in cells]
+        else:
+            values = [[found[k] for k in sorted(found) if k[0] == t] for t in TARGETS]
+            cells = [f"{mean_and_spread(v, 1)} %" if v else "" for v in values]
+        mean = statistics.mean(statistics.mean(values) for values in gained.values() if values)
+        label = f"`{change}`" if change else "as it is"
+        lines.append(((recipe, bool(change), mean), [recipe, label, "-".join(map(str, sorted(seeds))), *cells]))
+    if not lines:
+        return "Not measured yet: results/ablation.json is missing."
+    return table(["recipe", "change", "seeds", *TARGETS.values()], [cells for _, cells in sorted(lines)])
 
-    def rank(group: tuple[str, str]) -> tuple[str, float]:
-        return group[0], statistics.mean(column(groups[group], "accuracy"))
 
-    for target, options in sorted(groups, key=rank):
-        rows = groups[target, options]
-        scores = [f"{mean_and_spread(column(rows, 'accuracy'), 1)} %", mean_and_spread(column(rows, "validator"), 3)]
-        lines.append([TARGETS[target], f"`{options}`", str(len(rows)), *scores])
-    return table(["MNIST-M to", "options of p3_train.py", "seeds", "accuracy, training images", "validator"], lines)
+def split_command(command: str) -> tuple[str, str]:
+    """(its steps and batch size, its options of the recipe) of a command of p3_train.py."""
+    words, recipe, change = iter(shlex.split(command)[2:]), [], []
+    for word in words:
+        if word in ("--steps", "--batch-size"):
+            recipe += [word, next(words)]
+        elif word in ("--method", "--target", "--seed", "--out", "--data", "--eval-every"):
+            next(words)
+        else:
+            change.append(word)
+    return f"`{shlex.join(recipe)}`" if recipe else "", shlex.join(change)
 
 
 # Parts

@@ -68,9 +68,12 @@ def study(tmp_path, monkeypatch):
     last = (trained("dann-st", 1) | {"checkpoint": "last"}, {"accuracy": 50.0, "validator": -1.8, "source": 98}, "y")
     kept = [(trained("dann-st", 1) | {"checkpoint": f"step_{i}"}, {"accuracy": 97.5 + i}, "y") for i in (0, 1)]
     rows("adaptation.json", *seeds, last, *kept)
-    command = "python3 p3_train.py --method dann --seed {} --target usps --data hw2_data --adversary 1"
-    scored = [(trained("dann", s) | {"scored": "train", "training": command.format(s)}, s) for s in range(2)]
-    rows("ablation.json", *((key, {"accuracy": 60.0 + s, "validator": -1.5}, "x") for key, s in scored))
+    command, ablation = "python3 p3_train.py --method dann --seed {} --target usps --data hw2_data --steps 9", []
+    for change, gains in (("", (0, 0, 0)), (" --adversary 1", (-2, -4)), (" --gray --size 28", (1, 1, 1))):
+        for seed, gain in enumerate(gains):
+            key = trained("dann", seed) | {"scored": "train", "training": command.format(seed) + change}
+            ablation.append((key, {"accuracy": 60.0 + 10 * seed + gain}, "x"))
+    rows("ablation.json", *ablation)
     (results / "observations.md").write_text("It was observed.\n")
     for name in ("p1_sngan", "p1_dcgan", "p2_unet"):
         (results / f"{name}_metrics.csv").write_text("step,loss,loss_d,fd\n1,2,3,\n2,1,2,0.5\n")
@@ -100,8 +103,11 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert "| FD-768 to 2,000 validation digits | 0.400 | 0.0500 |" in report.digits_table()
     assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  | 6 |" in report.adaptation_table()
     assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % | 98.50 % |  |" in report.seeds_table()
-    ablation = report.ablation_table().splitlines()
-    assert ablation[2:] == ["| USPS | `--method dann --adversary 1` | 2 | 60.5 ± 0.7 % | -1.500 ± 0.000 |"]
+    assert report.ablation_table().splitlines()[2:] == [
+        "| DANN `--steps 9` | as it is | 3 |  | 70.0 ± 10.0 % |",
+        "| DANN `--steps 9` | `--adversary 1` | 2 |  | -3.0 ± 1.4 |",
+        "| DANN `--steps 9` | `--gray --size 28` | 3 |  | +1.0 ± 0.0 |",
+    ]
     (study / "results" / "faces.json").unlink()
     assert report.faces_table().startswith("Not measured yet")
 
