@@ -34,9 +34,7 @@ from models.dann import (
     Dann,
     DomainClassifier,
     adaptation_factor,
-    conditional_entropy,
     reverse_gradient,
-    virtual_mixup_loss,
 )
 
 SOURCE = "mnistm"
@@ -94,8 +92,6 @@ def build_parser() -> Parser:
     parser.add_argument("--gray", action=boolean, default=False, help="* see all images in gray (usps)")
     parser.add_argument("--separate", action=boolean, default=False, help="* batch statistics for each domain")
     parser.add_argument("--adversary", type=float, default=0.0, help="* weight of the reversed gradient")
-    parser.add_argument("--entropy", type=float, default=0.0, help="weight of the entropy of target predictions")
-    parser.add_argument("--mixup", type=float, default=0.0, help="weight of virtual mixup of target images")
     parser.add_argument("--self-training", type=float, default=0.0, help="* weight of the teacher's labels")
     parser.add_argument("--threshold", type=float, default=0.9, help="teacher's confidence, relative to source images")
     parser.add_argument("--align", action=boolean, default=True, help="pull the teacher's classes to equal shares")
@@ -210,20 +206,11 @@ class SupervisedTrainer(DigitTrainer):
 class AdaptationTrainer(DigitTrainer):
     """DANN, and self-training on top of it. Of the target it is given images, and nothing else."""
 
-    losses = (
-        "loss_class",
-        "loss_domain",
-        "loss_self",
-        "entropy",
-        "loss_mixup",
-        "domain_source",
-        "domain_target",
-        "kept",
-    )
+    losses = ("loss_class", "loss_domain", "loss_self", "domain_source", "domain_target", "kept")
     scores = ("validator", "source", *(f"share_{c}" for c in range(CLASSES)))
     selects = "validator"
     panels: ClassVar = {
-        "losses": ("loss_class", "loss_domain", "loss_self", "entropy", "loss_mixup"),
+        "losses": ("loss_class", "loss_domain", "loss_self"),
         "share of domains guessed, of targets kept": ("domain_source", "domain_target", "kept"),
         "validator (lower is better)": ("validator",),
         "accuracy on held-out source digits, %": ("source",),
@@ -255,27 +242,25 @@ class AdaptationTrainer(DigitTrainer):
         source, labels = self.images[rows], self.labels[rows]
         target = self.target_images[self.draw(len(self.target_images), random)]
         progress = self.budget.progress(self.step)
-        factor = adaptation_factor(progress)
+        reversal = o.adversary * adaptation_factor(progress)
         self.network.train()
         x_s, x_t = self.augmented(source, random, as_target=True), self.augmented(target, random)
         with autocast(device, o.bf16):
             h_s, h_t = self.features(x_s, x_t)
             logits_s, logits_t = self.network.predictor(h_s).float(), self.network.predictor(h_t).float()
-            domain = self.domain(reverse_gradient(torch.cat([h_s, h_t]), o.adversary * factor)).float()
-            loss_mixup = virtual_mixup_loss(self.network, x_t, logits_t, random) if o.mixup else domain.new_zeros(())
+            domain = self.domain(reverse_gradient(torch.cat([h_s, h_t]), reversal)).float()
         is_source = torch.cat([domain.new_ones(len(h_s)), domain.new_zeros(len(h_t))])
         loss_domain = F.binary_cross_entropy_with_logits(domain, is_source)
-        loss_class, entropy = F.cross_entropy(logits_s, labels), conditional_entropy(logits_t)
+        loss_class = F.cross_entropy(logits_s, labels)
         loss_self, kept = domain.new_zeros(()), domain.new_zeros(())
         if o.self_training and progress >= RAMP:
             guess, sure = self.teach(target, logits_s.detach().softmax(1).max(1).values.mean())
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()
-        unlabelled = o.self_training * loss_self + factor * (o.entropy * entropy + o.mixup * loss_mixup)
-        self.descend(loss_class + loss_domain + unlabelled)
+        self.descend(loss_class + loss_domain + o.self_training * loss_self)
         correct = ((domain > 0) == (is_source > 0)).float()
         domain_s, domain_t = correct[: len(h_s)].mean(), correct[len(h_s) :].mean()
-        return torch.stack([loss_class, loss_domain, loss_self, entropy, loss_mixup, domain_s, domain_t, kept]).detach()
+        return torch.stack([loss_class, loss_domain, loss_self, domain_s, domain_t, kept]).detach()
 
     @torch.no_grad()
     def teach(self, target: Tensor, confidence_on_source: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,13 @@
 """DANN: a feature extractor that a domain classifier cannot read, by gradient reversal. Networks of problem 3.
 
 Source: Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 2016 (arXiv:1505.07818).
-Also two losses on unlabelled images that go well with it, and the ResNet34 of the report's baselines, which are trained
-on one domain alone.
+Also the ResNet34 of the report's baselines, which are trained on one domain alone.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet34
 
@@ -36,32 +33,6 @@ def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
 def adaptation_factor(progress: float, gamma: float = 10.0) -> float:
     """lambda_p = 2 / (1 + exp(-gamma p)) - 1 (section 5.2.2), from 0 at p = 0 to nearly 1 at p = 1."""
     return 2 / (1 + math.exp(-gamma * progress)) - 1
-
-
-def conditional_entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of the predictions (N, C), in nats: low where decision boundaries keep away from the images.
-
-    Grandvalet & Bengio 2005; with DANN: Shu et al. 2018, "A DIRT-T Approach" (arXiv:1802.08735).
-    """
-    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-
-
-def virtual_mixup_loss(
-    classify: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor, generator: torch.Generator
-) -> Tensor:
-    """KL(mixed predictions || prediction of the mixed image): predictions change linearly between images.
-
-    Mao et al. 2019, "Virtual Mixup Training for Unsupervised Domain Adaptation" (arXiv:1905.04215). Pairs and
-    shares (uniform, which is Beta(1, 1)) come from ``generator``; no gradient flows into the mixed predictions.
-    ``logits`` (N, C) are those of ``x`` (N, ...).
-    """
-    n = len(x)
-    share = torch.rand(n, generator=generator, device=x.device)
-    partner = torch.randperm(n, generator=generator, device=x.device)
-    p = logits.detach().softmax(1)
-    mixed_p = torch.lerp(p[partner], p, share.view(n, 1))
-    mixed_x = torch.lerp(x[partner], x, share.view(n, *[1] * (x.dim() - 1)).to(x.dtype))
-    return F.kl_div(classify(mixed_x).float().log_softmax(1), mixed_p, reduction="batchmean")
 
 
 class FeatureExtractor(nn.Module):

@@ -1,6 +1,4 @@
-"""Gradient reversal, its schedule, losses on unlabelled images, and the networks of problem 3."""
-
-import math
+"""Gradient reversal, its schedule, and the networks of problem 3."""
 
 import pytest
 import torch
@@ -10,10 +8,8 @@ from models.dann import (
     FeatureExtractor,
     LabelPredictor,
     adaptation_factor,
-    conditional_entropy,
     reverse_gradient,
     small_image_resnet34,
-    virtual_mixup_loss,
 )
 
 
@@ -41,44 +37,6 @@ def test_adaptation_factor():
     assert adaptation_factor(0) == 0
     assert adaptation_factor(0.1) == pytest.approx(0.46211716)
     assert adaptation_factor(1) == pytest.approx(0.99990920)
-
-
-def test_conditional_entropy():
-    uniform, sure = torch.zeros(2, 10), 100 * torch.eye(10)
-    assert conditional_entropy(uniform).item() == pytest.approx(math.log(10))
-    assert conditional_entropy(sure).item() == pytest.approx(0, abs=1e-6)
-    two = torch.tensor([[0.0, math.log(3)]])
-    assert conditional_entropy(two).item() == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
-
-
-def test_virtual_mixup():
-    """Nothing to learn where all predictions agree; the divergence of its definition elsewhere; labels are fixed."""
-    x = torch.arange(4.0).view(4, 1, 1, 1)
-
-    def random():
-        return torch.Generator().manual_seed(0)
-
-    def constant(x):
-        return torch.tensor([[0.3, -1.0]]).expand(len(x), 2)
-
-    assert virtual_mixup_loss(constant, x, constant(x), random()).item() == pytest.approx(0, abs=1e-6)
-
-    logits = torch.randn(4, 2, generator=random(), requires_grad=True)
-    seen = []
-
-    def uniform(x):
-        seen.append(x.flatten())
-        return torch.zeros(len(x), 2, requires_grad=True)
-
-    loss = virtual_mixup_loss(uniform, x, logits, random())
-    g = random()
-    share, partner = torch.rand(4, generator=g), torch.randperm(4, generator=g)
-    assert torch.allclose(seen[0], share * torch.arange(4.0) + (1 - share) * partner)
-    p = logits.softmax(1)
-    mixed = share[:, None] * p + (1 - share[:, None]) * p[partner]
-    assert loss.item() == pytest.approx((mixed * (mixed / 0.5).log()).sum(1).mean().item(), rel=1e-4)
-    loss.backward()
-    assert logits.grad is None
 
 
 @pytest.mark.parametrize(
