@@ -357,7 +357,8 @@ def draw_digits(o: argparse.Namespace) -> str:
 def build_adaptation(o: argparse.Namespace) -> str:
     text = [adaptation_table(), "### Seeds", seeds_table()]
     if (RESULTS / "ablation.json").exists():
-        text += ["### Ablation", ablation_table()]
+        note = "Accuracy on target training images; for changes, its difference to the recipe's run of the same seed."
+        text += ["### Ablation", note, ablation_table()]
     for target, name in TARGETS.items():
         weights = CHECKPOINTS / f"p3_{target}.safetensors"
         if not weights.exists():

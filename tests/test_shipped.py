@@ -44,6 +44,7 @@ TABLES = (
     report.samplers_table,
     report.adaptation_table,
     report.seeds_table,
+    report.ablation_table,
 )
 
 
