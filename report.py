@@ -74,11 +74,10 @@ class Part:
 # Tables: text from result files, used by README, too
 
 
-def mean_and_spread(values: list[float], digits: int) -> str:
-    """'0.666 ± 0.003', or the only value."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:
+    """'0.666 ± 0.003', or the only value; with ``sign`` "+" that of a positive mean is written, too."""
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -245,19 +244,17 @@ def ablation_table() -> str:
     lines = []
     for (recipe, change), found in accuracy.items():
         base = accuracy.get((recipe, ""), {})
-        gained = {t: [found[k] - base[k] for k in sorted(found) if k[0] == t and k in base] for t in TARGETS}
-        seeds = {len(values) for values in gained.values() if values}
-        if not seeds:  # nothing to compare with
+        values = [
+            [v - (base[k] if change else 0) for k, v in found.items() if k in base and k[0] == t] for t in TARGETS
+        ]
+        measured = [of_target for of_target in values if of_target]
+        if not measured:  # nothing to compare with
             continue
-        if change:
-            cells = [f"{mean_and_spread(v, 1)}" if v else "" for v in gained.values()]
-            cells = [f"+{cell}" if cell and cell[0] != "-" else cell for cell in cells]
-        else:
-            values = [[found[k] for k in sorted(found) if k[0] == t] for t in TARGETS]
-            cells = [f"{mean_and_spread(v, 1)} %" if v else "" for v in values]
-        mean = statistics.mean(statistics.mean(values) for values in gained.values() if values)
-        label = f"`{change}`" if change else "as it is"
-        lines.append(((recipe, bool(change), mean), [recipe, label, "-".join(map(str, sorted(seeds))), *cells]))
+        label, sign, unit = (f"`{change}`", "+", "") if change else ("as it is", "", " %")
+        cells = [mean_and_spread(of_target, 1, sign) + unit if of_target else "" for of_target in values]
+        seeds = "-".join(map(str, sorted(set(map(len, measured)))))
+        place = recipe, bool(change), statistics.mean(map(statistics.mean, measured))  # worst change first
+        lines.append((place, [recipe, label, seeds, *cells]))
     if not lines:
         return "Not measured yet: results/ablation.json is missing."
     return table(["recipe", "change", "seeds", *TARGETS.values()], [cells for _, cells in sorted(lines)])

@@ -37,22 +37,21 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+    return positive(text, int, "whole number")
 
 
 def positive_float(text: str) -> float:
+    return positive(text, float, "number")
+
+
+def positive(text: str, kind: type, what: str) -> int | float:
+    """The finite number above 0 that an option's text says. Raises ArgumentTypeError for any other text."""
     try:
-        value = float(text)
+        value = kind(text)
     except ValueError:
-        value = 0.0
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive {what}")
     return value
 
 

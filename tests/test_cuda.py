@@ -43,7 +43,6 @@ def cuda(monkeypatch, tmp_path):
     monkeypatch.setattr(Process, "signal", lambda _, t: 1 - t / 601)  # samplers read these values
     monkeypatch.setattr(Process, "sigma", lambda _, t: t / 601)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     monkeypatch.setattr(fake_tensors.FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     for module in (p1_train, p2_train, p3_train, p2_test):
         for name, value in {
