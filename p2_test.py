@@ -36,6 +36,7 @@ SAMPLERS = ("dpm++", "ddim", "ddpm")
 # What is taken without --sampler: chosen for the shipped weights from README's table; 16 network calls an image.
 FAST = {"sampler": "ddim", "steps": 10, "eta": 0.7, "w": 4.0, "guide": (150, 500)}
 USUAL = {"steps": 20, "eta": 0.0, "w": 2.0}  # what is taken with --sampler
+UNSURE = 20  # digits in the sheet of those that the classifier is least sure of
 FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's figure
 
 
@@ -60,6 +61,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the digits of this folder")
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="the course's Classifier.pth instead of ours")
     parser.add_argument("--neighbours", type=Path, metavar="FILE", help="with --evaluate: sheet of nearest neighbours")
+    parser.add_argument("--unsure", type=Path, metavar="FILE", help=f"with --evaluate: the {UNSURE} least surely read")
     add_record_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
@@ -85,8 +87,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
     check_record(o.record, bool(o.evaluate))
-    if o.neighbours and not o.evaluate:
-        raise UserError("--neighbours: needs the training digits; add --evaluate hw2_data/digits/mnistm")
+    for name in ("neighbours", "unsure"):
+        if getattr(o, name) and not o.evaluate:
+            raise UserError(f"--{name}: is drawn from what is scored; add --evaluate hw2_data/digits/mnistm")
     return o
 
 
@@ -190,9 +193,11 @@ class Judge:
         self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_val"))
         self.floor_features = self.inception.reference(floor, cache_file(root, f"{name}_train"))
 
-    def __call__(self, paths: list[Path], labels: Tensor, neighbours: Path | None) -> dict[str, float]:
+    def __call__(
+        self, paths: list[Path], labels: Tensor, neighbours: Path | None, unsure: Path | None
+    ) -> dict[str, float]:
         from datasets.images import decode_files
-        from metrics.classify import accuracy
+        from metrics.classify import accuracy, probabilities
 
         images, scores = decode_files(paths, SIZE), {}
         for digit in labels.unique().tolist():
@@ -201,6 +206,8 @@ class Judge:
         scores["accuracy"] = accuracy(self.classifier, images, labels)
         real = accuracy(self.classifier, self.real, self.real_labels)
         print(f"accuracy {scores['accuracy']:.2f} % (real validation digits {real:.2f} %)")
+        if unsure:
+            draw_unsure(images, probabilities(self.classifier, images), labels, unsure)
         return scores | self.distances(images) | self.nearest(images, neighbours)
 
     def distances(self, images: Tensor) -> dict[str, float]:
@@ -228,6 +235,15 @@ class Judge:
             make_folder(path.parent)
             save_png(sheet(torch.cat(rows_of_sheet), columns=8), path)
         return scores
+
+
+def draw_unsure(images: Tensor, p: Tensor, labels: Tensor, path: Path) -> None:
+    """The images with the lowest probability, of p (N, 10), of being what they were asked to be, as a sheet."""
+    sure = p.gather(1, labels[:, None]).flatten()
+    least = sure.argsort(stable=True)[:UNSURE].tolist()
+    make_folder(path.parent)
+    titles = [f"{labels[i]}, read as {p[i].argmax()}\n{labels[i]}: {sure[i]:.2f}" for i in least]
+    plot_images(images[least], titles, path, columns=10)
 
 
 def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -260,7 +276,7 @@ def main() -> None:
         draw_trajectory(network, digits[0], o, device, o.trajectory)
     print(f"{o.out}: {len(images)} images in {seconds:.0f} s")
     if judge:
-        scores = judge([o.out / name for name in names], labels, o.neighbours)
+        scores = judge([o.out / name for name in names], labels, o.neighbours, o.unsure)
         if o.record:
             settings = ("sampler", "steps", "power", "eta", "w", "guide", "digits", "per_digit", "seed")
             key = {"weights": o.weights.stem} | {name: getattr(o, name) for name in settings}

@@ -335,20 +335,23 @@ def build_digits(o: argparse.Namespace) -> str:
 
 
 def draw_digits(o: argparse.Namespace) -> str:
-    """Pictures of the digits; the nearest training digits need data, and all 1,000 samples."""
+    """Pictures of the digits; those of all 1,000 samples need data."""
     titles = {
         "grid": "The first 10 of each digit, seed 0",
         "trajectory": "Ancestral sampling of the first 0, after t of 600 reverse steps",
+        "unsure": f"The {p2_test.UNSURE} of {10 * DIGITS:,} that the classifier is least sure of",
         "neighbours": "The ten samples nearest to a training digit (left), beside the 7 nearest training digits",
     }
-    drawn = [name for name in titles if o.data or name != "neighbours"]
+    drawn = [name for name in titles if o.data or name not in ("unsure", "neighbours")]
     options = [x for name in drawn for x in (f"--{name}", o.out / f"digits_{name}.png")]
     options += ["--evaluate", o.data / "digits" / "mnistm"] if o.data else []
     options += ["--per-digit", DIGITS if o.data else 10]
     with tempfile.TemporaryDirectory() as folder:
         call("p2_test.py", "--out", folder, "--weights", CHECKPOINTS / "p2_unet.safetensors", *options)
     text = [f"### {titles[name]}\n\n![{titles[name]}](digits_{name}.png)" for name in drawn]
-    return "\n\n".join(text if o.data else [*text, "The nearest training digits need data: add --data hw2_data."])
+    if not o.data:
+        text.append("The least sure and the nearest digits need data: add --data hw2_data.")
+    return "\n\n".join(text)
 
 
 def build_adaptation(o: argparse.Namespace) -> str:

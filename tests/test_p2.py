@@ -284,6 +284,18 @@ def test_figures(weights, tmp_path, monkeypatch):
         assert image.size[0] > 300
 
 
+def test_the_least_sure_digits_come_first(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(p2_test, "plot_images", lambda *arguments, columns: seen.append(arguments))
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1)
+    p = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.3, 0.7], [0.6, 0.4, 0.0]])
+    p2_test.draw_unsure(images, p, torch.tensor([0, 1, 0]), tmp_path / "new" / "unsure.png")
+    ((sheet, titles, path),) = seen
+    assert sheet.flatten().tolist() == [1, 2, 0]
+    assert titles == ["1, read as 2\n1: 0.30", "0, read as 0\n0: 0.60", "0, read as 0\n0: 0.90"]
+    assert path.parent.is_dir()
+
+
 def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, monkeypatch, capsys):
     """Real digits in place of the generated ones score a distance of 0 and stand beside themselves."""
     from common.pictures import save_images
@@ -291,8 +303,8 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
     real = load_digits(digits, "val")
     by_digit = real[torch.arange(20).view(2, 10).T.flatten()]
     monkeypatch.setattr(p2_test, "save_images", lambda _images, names, out: save_images(by_digit, names, out))
-    sheet = tmp_path / "n" / "neighbours.png"
-    options = ("--per-digit", 2, "--evaluate", digits, "--neighbours", sheet)
+    sheet, unsure = tmp_path / "n" / "neighbours.png", tmp_path / "u" / "unsure.png"
+    options = ("--per-digit", 2, "--evaluate", digits, "--neighbours", sheet, "--unsure", unsure)
     options += ("--record", tmp_path / "digits.json")
     assert generate(weights, tmp_path / "out", *options).code == 0
     out = capsys.readouterr().out
@@ -307,6 +319,7 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
     assert samples.split(": ")[1] == validation.split(": ")[1]
     with Image.open(sheet) as image:
         assert image.size == (8 * 30 + 2, 10 * 30 + 2)
+    assert unsure.is_file()
 
 
 @pytest.mark.parametrize(
@@ -324,6 +337,7 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
         (("--digits", "3a"), "--digits 3a"),
         (("--digits", "33"), "--digits 33"),
         (("--neighbours", "x.png"), "--neighbours"),
+        (("--unsure", "x.png"), "--unsure"),
         (("--record", "x.json"), "--record"),
     ],
 )

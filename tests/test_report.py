@@ -125,7 +125,7 @@ def test_without_data_everything_known_is_built(study, calls):
     assert command[0] == "p2_test.py"
     assert "--evaluate" not in command
     assert command[-2:] == ["--per-digit", "10"]
-    assert "The nearest training digits need data" in text
+    assert "The least sure and the nearest digits need data" in text
     for name in ("faces_sngan.png", "faces_dcgan.png", "curves_sngan.png", "curves_dcgan.png", "curves_unet.png"):
         assert f"({name})" in text
         assert (study / "report" / name).is_file()
@@ -172,7 +172,7 @@ def test_missing_numbers_are_measured_where_there_is_data(study, calls):
     assert [c[0] for c in calls[11:]] == ["p2_test.py"] * 2
     assert "--record" in calls[11]
     assert "--record" not in calls[12]
-    assert {"--neighbours", "--evaluate", "--grid", "--trajectory"} < set(calls[12])
+    assert {"--unsure", "--neighbours", "--evaluate", "--grid", "--trajectory"} < set(calls[12])
 
 
 def test_a_whole_study_is_measured_on_data(study, faces, digits, mean_inception, monkeypatch):
@@ -207,8 +207,9 @@ def test_a_whole_study_is_measured_on_data(study, faces, digits, mean_inception,
     assert "| 20 generated digits |" in text
     for name in re.findall(r"\((\w+\.png)\)", text):
         assert (study / "report" / name).is_file()
-    for name in ("digits_neighbours", "digits_trajectory", "tsne_usps_class", "faces_dcgan", "curves_sngan"):
-        assert f"({name}.png)" in text
+    drawn = ["digits_unsure", "digits_neighbours", "digits_trajectory"]
+    drawn += ["tsne_usps_class", "faces_dcgan", "curves_sngan"]
+    assert [name for name in drawn if f"({name}.png)" not in text] == []
     rows = json.loads((study / "results" / "faces.json").read_text())
     assert len(rows) == 5
     assert rows[0]["command"].startswith("python3 p1_test.py")
