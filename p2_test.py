@@ -238,11 +238,14 @@ class Judge:
 
 
 def draw_unsure(images: Tensor, p: Tensor, labels: Tensor, path: Path) -> None:
-    """The images with the lowest probability, of p (N, 10), of being what they were asked to be, as a sheet."""
+    """The images with the lowest probability, of p (N, 10), of being what they were asked to be, as a sheet.
+
+    Above each stand the digit asked for, the digit read, and the probability of the former.
+    """
     sure = p.gather(1, labels[:, None]).flatten()
     least = sure.argsort(stable=True)[:UNSURE].tolist()
     make_folder(path.parent)
-    titles = [f"{labels[i]}, read as {p[i].argmax()}\n{labels[i]}: {sure[i]:.2f}" for i in least]
+    titles = [f"{labels[i]} as {p[i].argmax()}\n{sure[i]:.2f}" for i in least]
     plot_images(images[least], titles, path, columns=10)
 
 

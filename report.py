@@ -339,7 +339,7 @@ def draw_digits(o: argparse.Namespace) -> str:
     titles = {
         "grid": "The first 10 of each digit, seed 0",
         "trajectory": "Ancestral sampling of the first 0, after t of 600 reverse steps",
-        "unsure": f"The {p2_test.UNSURE} of {10 * DIGITS:,} that the classifier is least sure of",
+        "unsure": f"The {p2_test.UNSURE} of {10 * DIGITS:,} least surely read; probability of what was asked for",
         "neighbours": "The ten samples nearest to a training digit (left), beside the 7 nearest training digits",
     }
     drawn = [name for name in titles if o.data or name not in ("unsure", "neighbours")]

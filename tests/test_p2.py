@@ -292,7 +292,7 @@ def test_the_least_sure_digits_come_first(tmp_path, monkeypatch):
     p2_test.draw_unsure(images, p, torch.tensor([0, 1, 0]), tmp_path / "new" / "unsure.png")
     ((sheet, titles, path),) = seen
     assert sheet.flatten().tolist() == [1, 2, 0]
-    assert titles == ["1, read as 2\n1: 0.30", "0, read as 0\n0: 0.60", "0, read as 0\n0: 0.90"]
+    assert titles == ["1 as 2\n0.30", "0 as 0\n0.60", "0 as 0\n0.90"]
     assert path.parent.is_dir()
 
 
