@@ -20,7 +20,6 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import noise, pick_device
 from common.errors import Parser, UserError, run_main
-from common.files import make_folder
 from common.pictures import save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
 from common.run import positive_int
@@ -117,7 +116,6 @@ def main() -> None:
     names = [f"{i:04d}.png" for i in range(1, o.count + 1)]
     save_images(images, names, o.out)
     if o.sheet:
-        make_folder(o.sheet.parent)
         save_png(sheet(images[:32], columns=8), o.sheet)
     print(f"{o.out}: {o.count} images")
     if judge:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import Parser, UserError, run_main
-from common.files import check_writable, make_folder
+from common.files import check_writable
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
 from common.run import positive_int
@@ -200,14 +200,16 @@ class Judge:
         from metrics.classify import accuracy, probabilities
 
         images, scores = decode_files(paths, SIZE), {}
+        p = probabilities(self.classifier, images)
+        right = (p.argmax(1) == labels).float()
         for digit in labels.unique().tolist():
-            scores[f"digit_{digit}"] = accuracy(self.classifier, images[labels == digit], digit)
+            scores[f"digit_{digit}"] = 100 * float(right[labels == digit].mean())
             print(f"digit {digit}: {scores[f'digit_{digit}']:6.2f} % read as {digit}")
-        scores["accuracy"] = accuracy(self.classifier, images, labels)
+        scores["accuracy"] = 100 * float(right.mean())
         real = accuracy(self.classifier, self.real, self.real_labels)
         print(f"accuracy {scores['accuracy']:.2f} % (real validation digits {real:.2f} %)")
         if unsure:
-            draw_unsure(images, probabilities(self.classifier, images), labels, unsure)
+            draw_unsure(images, p, labels, unsure)
         return scores | self.distances(images) | self.nearest(images, neighbours)
 
     def distances(self, images: Tensor) -> dict[str, float]:
@@ -232,7 +234,6 @@ class Judge:
         if path:
             closest = ours[:, 0].argsort()[:10]
             rows_of_sheet = [torch.cat([images[i : i + 1], self.train[rows[i]]]) for i in closest]
-            make_folder(path.parent)
             save_png(sheet(torch.cat(rows_of_sheet), columns=8), path)
         return scores
 
@@ -244,7 +245,6 @@ def draw_unsure(images: Tensor, p: Tensor, labels: Tensor, path: Path) -> None:
     """
     sure = p.gather(1, labels[:, None]).flatten()
     least = sure.argsort(stable=True)[:UNSURE].tolist()
-    make_folder(path.parent)
     titles = [f"{labels[i]} as {p[i].argmax()}\n{sure[i]:.2f}" for i in least]
     plot_images(images[least], titles, path, columns=10)
 
@@ -271,11 +271,9 @@ def main() -> None:
     names = [f"{digit}_{number:03d}.png" for digit in digits for number in range(1, o.per_digit + 1)]
     save_images(images, names, o.out)
     if o.grid:
-        make_folder(o.grid.parent)
         columns = min(10, o.per_digit)
         save_png(sheet(images.unflatten(0, (len(digits), -1))[:, :columns].flatten(0, 1), columns), o.grid)
     if o.trajectory:
-        make_folder(o.trajectory.parent)
         draw_trajectory(network, digits[0], o, device, o.trajectory)
     print(f"{o.out}: {len(images)} images in {seconds:.0f} s")
     if judge:

@@ -159,7 +159,6 @@ def draw_errors(images: Tensor, p: Tensor, names: list[str], truth: dict[str, in
     if not wrong:
         print(f"{path}: not drawn, every image is read correctly")
         return
-    make_folder(path.parent)
     titles = [f"{truth[names[i]]} read as {read[i]}\n{sure[i]:.2f}" for i in wrong]
     plot_images(images[wrong], titles, path, columns=8)
 
@@ -195,7 +194,6 @@ def draw_tsne(reader: Reader, target: str, data: Path, out: Path) -> None:
     points = TSNE(init="pca", random_state=0, perplexity=min(30, len(x) // 4)).fit_transform(x.numpy())
     domains = torch.tensor([0] * len(labels[0]) + [1] * len(labels[1]))
     distance = domain_distance(source_features, target_features)
-    make_folder(out)
     title = f"MNIST-M to {target.upper()}, proxy A-distance {distance:.2f}"
     digits = [str(c) for c in range(CLASSES)]
     plot_points(points, torch.cat(labels).tolist(), digits, f"{title}, by digit", out / f"tsne_{target}_class.png")

@@ -26,7 +26,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_png(image: Tensor, path: Path, compress_level: int = 6) -> None:
-    """uint8 (3, H, W) or (1, H, W) -> an RGB or gray PNG, written under a temporary name and renamed."""
+    """uint8 (3, H, W) or (1, H, W) -> an RGB or gray PNG, written under a temporary name and renamed.
+
+    Its folder is made when missing.
+    """
+    make_folder(path.parent)
     pixels = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
     with atomic(path) as temporary:
@@ -81,7 +85,11 @@ def pyplot():
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a matplotlib figure as PNG, under a temporary name and renamed, and close it."""
+    """Write a matplotlib figure as PNG, under a temporary name and renamed, and close it.
+
+    Its folder is made when missing.
+    """
+    make_folder(path.parent)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
     pyplot().close(figure)

@@ -285,8 +285,8 @@ def test_figures(weights, tmp_path, monkeypatch):
 
 
 def test_the_least_sure_digits_come_first(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(p2_test, "plot_images", lambda *arguments, columns: seen.append(arguments))
+    seen, draw = [], p2_test.plot_images
+    monkeypatch.setattr(p2_test, "plot_images", lambda *drawn, columns: seen.append(drawn) or draw(*drawn, columns))
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1)
     p = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.3, 0.7], [0.6, 0.4, 0.0]])
     p2_test.draw_unsure(images, p, torch.tensor([0, 1, 0]), tmp_path / "new" / "unsure.png")
