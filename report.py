@@ -51,6 +51,8 @@ METHODS = {  # (method, network): title
     ("target", "dann"): "trained on target",
     ("target", "resnet34"): "trained on target, ResNet34",
 }
+NO_RECIPE = {"--method", "--target", "--seed", "--out", "--data", "--eval-every", "--sample-every", "--eval-images"}
+NO_RECIPE |= {"--record"}
 PUBLISHED = {  # the published report's numbers
     "dcgan": "FID 38.68, faces 91.4 %",
     "sngan": "FID 25.66, faces 92.2 %",
@@ -237,7 +239,7 @@ def ablation_table() -> str:
     """What single options do to the adapted recipes: accuracy on target training images, and for each change the
     differences to the recipe's run of the same seed."""
     accuracy: dict[tuple[str, str], dict[tuple[str, int], float]] = {}  # (recipe, change): by target and seed
-    for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):
+    for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):  # those of p3_train.py
         recipe, change = split_command(row["key"]["training"])
         found = accuracy.setdefault((f"{METHODS[row['key']['method'], 'dann']} {recipe}".strip(), change), {})
         found[row["key"]["target"], row["key"]["seed"]] = row["scores"]["accuracy"]
@@ -260,13 +262,41 @@ def ablation_table() -> str:
     return table(["recipe", "change", "seeds", *TARGETS.values()], [cells for _, cells in sorted(lines)])
 
 
+def recipes_table(script: str, read: str, title: str) -> str:
+    """What recipes and single options score after the same short training: means over training seeds, best first.
+
+    ``read``, ``title``: the score beside the Fréchet distance, and its heading.
+    """
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in rows_of(RESULTS / "recipes.json"):
+        if shlex.split(row["key"]["training"])[1] == script:
+            found.setdefault(split_command(row["key"]["training"]), []).append(row)
+    if not found:
+        return f"Not measured yet: results/recipes.json has no rows of {script}."
+    lines = []
+    for (recipe, change), rows in found.items():
+        cells = [recipe, f"`{change}`" if change else "as it is", str(len(rows))]
+        cells += [mean_and_spread(column(rows, "fd"), 3), f"{mean_and_spread(column(rows, read), 1)} %"]
+        lines.append(((recipe, statistics.mean(column(rows, "fd"))), cells))
+    header = ["recipe", "change", "training seeds", "distance to held-out images", title]
+    return table(header, [cells for _, cells in sorted(lines)])
+
+
+def face_recipes_table() -> str:
+    return recipes_table("p1_train.py", "faces", "exactly one face")
+
+
+def digit_recipes_table() -> str:
+    return recipes_table("p2_train.py", "accuracy", "read correctly")
+
+
 def split_command(command: str) -> tuple[str, str]:
-    """(its steps and batch size, its options of the recipe) of a command of p3_train.py."""
+    """(its network, steps and batch size, its options of the recipe) of a command of a training script."""
     words, recipe, change = iter(shlex.split(command)[2:]), [], []
     for word in words:
-        if word in ("--steps", "--batch-size"):
+        if word in ("--model", "--steps", "--batch-size"):
             recipe += [word, next(words)]
-        elif word in ("--method", "--target", "--seed", "--out", "--data", "--eval-every"):
+        elif word in NO_RECIPE:
             next(words)
         else:
             change.append(word)
@@ -309,7 +339,7 @@ def build_faces(o: argparse.Namespace) -> str:
                 measure_faces(o, "--weights", weights, "--seed", seed)
     if o.measure or not rows_of(RESULTS / "faces.json", weights="real", images=FACES):
         measure_faces(o, "--real")
-    text.append(faces_table())
+    text += [faces_table(), "### Recipes", RECIPES, face_recipes_table()]
     for name, title in GANS.items():
         generator, card = load_network(CHECKPOINTS / f"p1_{name}.safetensors", {name: dcgan.Generator})
         images = p1_test.generate(generator, 32, 0, torch.device("cpu"))
@@ -330,6 +360,7 @@ def build_digits(o: argparse.Namespace) -> str:
         arguments = ("--weights", weights, "--per-digit", DIGITS)
         measure(o, "p2_test.py", o.data and o.data / "digits" / "mnistm", RESULTS / "digits.json", *arguments)
     text = [f"{training(card)}.", digits_table(), "### Samplers", samplers_table()]
+    text += ["### Recipes", RECIPES, digit_recipes_table()]
     text += curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training")
     return "\n\n".join(text)
 
@@ -382,6 +413,10 @@ def observations(_o: argparse.Namespace) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else "Not written yet."
 
 
+RECIPES = """\
+Each row is a run of the same length, annealed within it where the recipe anneals, and scored at its end on the slice of
+the training images that is held out. So a recipe is chosen without the validation images."""
+
 HEAD = """\
 # Report
 
@@ -394,7 +429,7 @@ PARTS = {
         "Faces: DCGAN and SNGAN",
         build_faces,
         ("p1_dcgan", "p1_sngan"),
-        ("faces.json", "p1_dcgan_metrics.csv", "p1_sngan_metrics.csv"),
+        ("faces.json", "recipes.json", "p1_dcgan_metrics.csv", "p1_sngan_metrics.csv"),
         ("models", "metrics", "p1_test.py"),
         ("face",),
     ),
@@ -402,7 +437,7 @@ PARTS = {
         "Digits: class-conditional diffusion",
         build_digits,
         ("p2_unet", "digit_classifier"),
-        ("digits.json", "samplers.json", "p2_unet_metrics.csv"),
+        ("digits.json", "samplers.json", "recipes.json", "p2_unet_metrics.csv"),
         ("models", "metrics", "p2_test.py"),
         ("digits/mnistm",),
     ),

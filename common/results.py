@@ -48,12 +48,12 @@ def read_results(path: Path) -> list[dict]:
     return rows
 
 
-def check_record(path: Path | None, scored: bool) -> None:
+def check_record(path: Path | None, scored: bool, remedy: str = "add --evaluate") -> None:
     """Raises UserError when --record is given and cannot take a row, before anything is measured."""
     if path is None:
         return
     if not scored:
-        raise UserError("--record: needs scores; add --evaluate")
+        raise UserError(f"--record: needs scores; {remedy}")
     make_folder(path.parent)
     if path.exists():
         read_results(path)

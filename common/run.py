@@ -20,7 +20,16 @@ from common.errors import UserError
 from common.files import atomic, make_folder, write_json
 
 BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
-FREE_ON_RESUME = {"resume", "device", "data", "save_every", "keep", "out", *BUDGET}  # the rest define the result
+FREE_ON_RESUME = {
+    "resume",
+    "device",
+    "data",
+    "save_every",
+    "keep",
+    "record",
+    "out",
+    *BUDGET,
+}  # the rest define the result
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +41,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action=boolean, help="bfloat16 autocast (default: where the processor profits)")
     parser.add_argument("--save-every", type=positive_float, default=3.0, help="minutes between training states")
     parser.add_argument("--keep", action="store_true", help="keep the weights of every evaluation (step_*.safetensors)")
+    parser.add_argument("--record", type=Path, metavar="JSON", help="put the last held-out scores into this file")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders are made")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
 
@@ -107,6 +117,7 @@ def resume_options(parser: argparse.ArgumentParser, options: argparse.Namespace,
     merged = argparse.Namespace(**(asked | saved | {k: asked[k] for k in given}))
     merged.resume = options.resume
     merged.data, merged.out = Path(merged.data), Path(merged.out)
+    merged.record = merged.record and Path(merged.record)
     return merged
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.checkpoint import load_network, load_state, save_state, save_weights
+from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
 from common.device import hardware
 from common.errors import UserError
 from common.pictures import plot_curves, save_png
+from common.results import check_record, record
 from common.run import Budget, Run, StopFlag, annealed
 
 LOG_STEPS = 50  # steps between rows of metrics.csv
@@ -50,6 +51,7 @@ class Trainer:
     ):
         """``name`` of the run folder, options, device, a key of the training data, all that training changes, and the
         runs whose weights it starts from."""
+        check_record(o.record, getattr(o, "eval_images", 1) > 0, "give --eval-images above 0")
         self.o, self.device, self.data_id, self.parts = o, device, data_id, parts
         self.step, self.factor, self.best, elapsed = 0, 1.0, None, 0.0
         self.run = Run.start(name, o, before)
@@ -180,4 +182,8 @@ class Trainer:
                 self.save()
                 tqdm.write(f"stopped at step {self.step}; go on with: python3 {sys.argv[0]} --resume {self.run.folder}")
                 sys.exit(130)
+        if o.record:
+            weights = self.run.folder / "last.safetensors"
+            _, card = load_weights(weights)
+            record(o.record, {"training": card["command"]}, card["held_out_scores"], weights, self.device)
         print(f"done: {self.run.folder / 'best.safetensors'}")

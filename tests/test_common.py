@@ -165,7 +165,7 @@ def options_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
-    for name in ("--resume", "--data", "--out"):
+    for name in ("--resume", "--data", "--out", "--record"):
         parser.add_argument(name, type=type(ROOT), default=None)
     return parser
 

@@ -15,7 +15,7 @@ import p1_test
 import p1_train
 from common.checkpoint import load_state, load_weights, save_weights
 from common.ema import reestimate_batch_norm
-from common.results import read_results
+from common.results import read_results, weights_id
 from models import dcgan, sngan
 from tests.helpers import assert_user_error, run
 
@@ -91,7 +91,9 @@ def test_batch_norm_statistics_of_the_average():
 
 
 def test_training_writes_a_complete_run(faces, tmp_path, mean_inception):
-    assert train(faces, tmp_path, "--steps", 6, "--sample-every", 2, "--eval-every", 4).code == 0
+    results = tmp_path / "results" / "recipes.json"
+    options = ("--steps", 6, "--sample-every", 2, "--eval-every", 4, "--record", results)
+    assert train(faces, tmp_path, *options).code == 0
     run_folder = tmp_path / "p1_sngan_000"
     assert sorted(p.name for p in (run_folder / "samples").iterdir()) == ["0000002.png", "0000004.png", "0000006.png"]
     assert open_image(run_folder / "samples" / "0000006.png").size == (530, 530)
@@ -106,6 +108,10 @@ def test_training_writes_a_complete_run(faces, tmp_path, mean_inception):
     assert card["config"] == {"z_dim": 100, "dim": 2}
     assert "--steps 6" in card["command"]
     assert card["options"]["lr_d"] == 4e-4
+    (row,) = read_results(results)  # the last scores, not the best
+    assert row["key"] == {"training": card["command"]}
+    assert row["scores"]["fd"] == pytest.approx(float(rows[-1]["fd"]), rel=1e-3)
+    assert row["weights"] == weights_id(run_folder / "last.safetensors")
 
 
 @pytest.mark.parametrize("model", ["sngan", "dcgan"])
@@ -204,6 +210,9 @@ def test_wrong_training_input(faces, tmp_path, mean_inception):
     file = tmp_path / "file"
     file.write_text("")
     assert_user_error(train(faces, file), file)
+    assert_user_error(
+        train(faces, tmp_path, "--record", tmp_path / "r", "--eval-images", 0), "--record", "--eval-images"
+    )
     assert not list(tmp_path.glob("p1_*"))
 
 

@@ -74,6 +74,11 @@ def study(tmp_path, monkeypatch):
             key = trained("dann", seed) | {"scored": "train", "training": command.format(seed) + change}
             ablation.append((key, {"accuracy": 60.0 + 10 * seed + gain}, "x"))
     rows("ablation.json", *ablation)
+    command = "python3 p1_train.py --model sngan --steps 9 --seed {} --record results/recipes.json"
+    runs = [("", 0, 1.0, 90), ("", 1, 2.0, 92), (" --recipe report", 0, 3.0, 0.7), (" --no-flip", 0, 1.25, 88)]
+    recipes = [({"training": command.format(s) + c}, {"fd": fd, "faces": f}, "x") for c, s, fd, f in runs]
+    digits_run = {"training": "python3 p2_train.py --batch-size 4 --gamma 0 --data d"}
+    rows("recipes.json", *recipes, (digits_run, {"fd": 4.0, "accuracy": 11}, "x"))
     (results / "observations.md").write_text("It was observed.\n")
     for name in ("p1_sngan", "p1_dcgan", "p2_unet"):
         (results / f"{name}_metrics.csv").write_text("step,loss,loss_d,fd\n1,2,3,\n2,1,2,0.5\n")
@@ -108,6 +113,12 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
         "| DANN `--steps 9` | `--adversary 1` | 2 |  | -3.0 ± 1.4 |",
         "| DANN `--steps 9` | `--gray --size 28` | 3 |  | +1.0 ± 0.0 |",
     ]
+    assert report.face_recipes_table().splitlines()[2:] == [
+        "| `--model sngan --steps 9` | `--no-flip` | 1 | 1.250 | 88.0 % |",
+        "| `--model sngan --steps 9` | as it is | 2 | 1.500 ± 0.707 | 91.0 ± 1.4 % |",
+        "| `--model sngan --steps 9` | `--recipe report` | 1 | 3.000 | 0.7 % |",
+    ]
+    assert report.digit_recipes_table().endswith("\n| `--batch-size 4` | `--gamma 0` | 1 | 4.000 | 11.0 % |")
     (study / "results" / "faces.json").unlink()
     assert report.faces_table().startswith("Not measured yet")
 
