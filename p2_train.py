@@ -30,9 +30,10 @@ from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
 from common.trainer import Part, Trainer
 from datasets.augment import normalise
-from datasets.digits import CLASSES, load_digits, load_labels
+from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
 from datasets.images import cache_file, describe, hold_out
 from metrics.classify import accuracy, load_classifier
+from metrics.colour import COLOURS, colour_statistics
 from metrics.frechet import Inception, frechet_distance
 from models.diffusion import Process, snr_weight, training_loss
 from models.unet import UNet_conditional
@@ -60,10 +61,8 @@ RECIPES = {
         "anneal": False,
     },
 }
-HELD_OUT = 2000  # training digits kept for choosing a checkpoint
 # Samples during training; their seed is none that generated digits are reported for.
 EVAL = argparse.Namespace(sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), seed=-2)
-COLOURS = ("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
 
 
 def build_parser() -> Parser:
@@ -123,12 +122,6 @@ class Judge:
             reference = self.inception.reference(self.held_out, self.cache)
             scores["fd"] = frechet_distance(self.inception.features(images, what="Inception, samples"), reference)
         return scores
-
-
-def colour_statistics(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> mean of red, green, blue, then their standard deviations, in gray levels (6,)."""
-    values = images.transpose(0, 1).flatten(1).double()
-    return torch.cat([values.mean(1), values.std(1)])
 
 
 class DiffusionTrainer(Trainer):

@@ -27,7 +27,7 @@ from common.errors import Parser, UserError, run_main
 from common.run import add_common_options, parse_with_resume, positive_int
 from common.trainer import Trainer
 from datasets.augment import cutout, digit_input, geometry, intensity, neighbours, soften
-from datasets.digits import CLASSES, load_digits, load_labels
+from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
 from datasets.images import describe, hold_out
 from models.dann import (
     NETWORKS,
@@ -38,7 +38,6 @@ from models.dann import (
 )
 
 SOURCE = "mnistm"
-HELD_OUT = 2000  # source images (or target images, for the upper bound) kept for choosing a checkpoint
 SCORED = 3000  # target training images on which the label-free validator looks
 RAMP = 0.15  # self-training starts after this share of the budget
 BASELINES = ("source", "target")

@@ -145,7 +145,7 @@ def faces_table() -> str:
 
 def scored_digits(**key: object) -> list[dict]:
     """Rows of the shipped UNet with the default sampler."""
-    default = p2_test.FAST | {"guide": list(p2_test.FAST["guide"]), "per_digit": DIGITS}
+    default = p2_test.FAST | {"guide": list(p2_test.FAST["guide"]), "per_digit": DIGITS, "scored": "val"}
     return rows_of(RESULTS / "digits.json", CHECKPOINTS / "p2_unet.safetensors", **default, **key)
 
 
@@ -159,6 +159,12 @@ def digits_table() -> str:
     for name in distances(rows[0]):
         floor = f"{rows[0]['scores'][f'{name}_floor']:.4f}"
         lines.append([f"{name} to 2,000 validation digits", mean_and_spread(column(rows, name), 3), floor])
+    for name, title in (("mean", "mean"), ("std", "standard deviation")):
+        ours, floor = (
+            ", ".join(f"{statistics.mean(column(rows, f'{name}_{c}{suffix}')):+.1f}" for c in "rgb")
+            for suffix in ("", "_floor")
+        )
+        lines.append([f"{title} of red, green, blue against validation digits, %", ours, floor])
     near, real = rows[0]["scores"]["nearest_least"], rows[0]["scores"]["nearest_real_least"]
     lines.append(["gray levels to the nearest training digit, at least", f"{near:.1f}", f"{real:.1f} (validation)"])
     per_digit = [f"{statistics.mean(column(rows, f'digit_{d}')):.0f}" for d in range(10)]
@@ -167,8 +173,8 @@ def digits_table() -> str:
 
 
 def samplers_table() -> str:
-    """Accuracy, distances and time for samplers, steps and guidance."""
-    rows = rows_of(RESULTS / "samplers.json", CHECKPOINTS / "p2_unet.safetensors")
+    """Accuracy, distances to held-out training digits and time for samplers, steps and guidance."""
+    rows = rows_of(RESULTS / "samplers.json", CHECKPOINTS / "p2_unet.safetensors", scored="held-out")
     if not rows:
         return "Not measured yet: results/samplers.json has no rows for these weights."
     lines = []

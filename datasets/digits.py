@@ -14,6 +14,7 @@ from datasets.images import load_split, read_index
 
 SIZE = 28
 CLASSES = 10
+HELD_OUT = 2000  # training images (at most) kept for choosing a checkpoint or a sampler
 
 
 def load_digits(root: Path, split: str) -> Tensor:

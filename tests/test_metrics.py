@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from metrics.colour import colour_statistics
 from metrics.detect import face_counts, face_rate
 from metrics.frechet import Inception, frechet_distance
 from tests.helpers import ROOT, smooth_images
@@ -120,3 +121,11 @@ def test_no_face_in_gradients():
 
 def test_face_rate_counts_exactly_one():
     assert face_rate([1, 0, 2, 1]) == 50
+
+
+def test_colour_statistics():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0] = 10
+    images[1, 1] = 200
+    expected = torch.tensor([10, 100, 0, 0, 100 * (32 / 31) ** 0.5, 0], dtype=torch.float64)
+    assert torch.allclose(colour_statistics(images), expected)

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from common.checkpoint import load_state, load_weights, save_weights
 from common.results import read_results
 from datasets.digits import load_digits
 from metrics.classify import accuracy, load_classifier
+from metrics.colour import COLOURS
 from metrics.neighbours import nearest
 from models.classifier import Classifier
 from models.unet import UNet_conditional
@@ -314,12 +316,27 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
     assert (row["key"]["sampler"], row["key"]["steps"], row["key"]["per_digit"]) == ("dpm++", 2, 2)
     assert row["scores"]["FD-48"] == pytest.approx(0, abs=1e-6)
     assert row["scores"]["nearest_least"] == row["scores"]["nearest_real_least"]
+    assert [row["scores"][name] for name in COLOURS] == pytest.approx([0] * 6)
+    assert "red, green, blue of samples: mean +0.0, +0.0, +0.0 %, deviation +0.0" in out
     assert row["scores"]["seconds"] >= 0
     samples, validation = (line for line in out.splitlines() if line.startswith("nearest"))
     assert samples.split(": ")[1] == validation.split(": ")[1]
     with Image.open(sheet) as image:
         assert image.size == (8 * 30 + 2, 10 * 30 + 2)
     assert unsure.is_file()
+
+
+def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_path, mean_inception, capsys):
+    root = tmp_path / "train_only"
+    shutil.copytree(digits, root)
+    (root / "val.csv").unlink()
+    options = ("--per-digit", 1, "--evaluate", root, "--record", tmp_path / "samplers.json")
+    assert_user_error(generate(weights, tmp_path / "out", *options), root / "val.csv")
+    assert generate(weights, tmp_path / "out", *options, "--held-out").code == 0
+    (row,) = read_results(tmp_path / "samplers.json")
+    assert row["key"]["scored"] == "held-out"
+    held_out = len(load_digits(root, "train")) // 10
+    assert f"to {held_out} held-out training digits (training digits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -338,6 +355,7 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
         (("--digits", "33"), "--digits 33"),
         (("--neighbours", "x.png"), "--neighbours"),
         (("--unsure", "x.png"), "--unsure"),
+        (("--held-out",), "--held-out"),
         (("--record", "x.json"), "--record"),
     ],
 )

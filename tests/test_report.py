@@ -19,7 +19,7 @@ from models.dann import Dann
 from models.unet import UNet_conditional
 from tests.helpers import ROOT, assert_user_error, run
 
-DIGITS = p2_test.FAST | {"guide": list(p2_test.FAST["guide"]), "power": 1.0, "digits": "0123456789"}
+DIGITS = p2_test.FAST | {"guide": list(p2_test.FAST["guide"]), "power": 1.0, "digits": "0123456789", "scored": "val"}
 
 
 @pytest.fixture
@@ -52,11 +52,12 @@ def study(tmp_path, monkeypatch):
     rows("faces.json", face("real", 0, 0.0762, 94.1), *gans)
     unet = weights_id(checkpoints / "p2_unet.safetensors")
     scores = {"accuracy": 98.7, "FD-64": 0.1, "FD-768": 0.4, "FD-64_floor": 0.01, "FD-768_floor": 0.05}
+    scores |= {f"{part}_{c}{of}": -1.5 for part in ("mean", "std") for c in "rgb" for of in ("", "_floor")}
     scores |= {"nearest_least": 20.0, "nearest_real_least": 18.0, "seconds": 200.0}
     digits = scores | {f"digit_{d}": 90.0 + d for d in range(10)}
     rows("digits.json", (DIGITS | {"per_digit": 100, "seed": 0}, digits, unet))
     slow = DIGITS | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
-    slow |= {"guide": [100, 400]}
+    slow |= {"guide": [100, 400], "scored": "held-out"}
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), (slow | {"w": 1}, scores, "other"))
 
     def trained(method, seed):
@@ -105,7 +106,9 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     samplers = report.samplers_table().splitlines()
     assert len(samplers) == 4  # the row of other weights is left out
     assert samplers[3] == "| dpm++ | 50 | 1.0 | 2 | 100 to 400 | 200 | 98.7 | 0.100 | 0.400 | 1000 | an abacus |"
-    assert "| FD-768 to 2,000 validation digits | 0.400 | 0.0500 |" in report.digits_table()
+    digits = report.digits_table()
+    assert "| FD-768 to 2,000 validation digits | 0.400 | 0.0500 |" in digits
+    assert "| mean of red, green, blue against validation digits, % | -1.5, -1.5, -1.5 | -1.5, -1.5, -1.5 |" in digits
     assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  | 6 |" in report.adaptation_table()
     assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % | 98.50 % |  |" in report.seeds_table()
     assert report.ablation_table().splitlines()[2:] == [
