@@ -39,7 +39,8 @@ def test_the_shipped_classifier_reads_ten_classes():
 
 
 HEADLINES = (report.faces_table, report.digits_table, report.adaptation_table)
-DETAILS = (report.samplers_table, report.seeds_table, report.ablation_table)
+DETAILS = (report.samplers_table, report.face_recipes_table, report.digit_recipes_table)
+DETAILS += (report.seeds_table, report.ablation_table)
 SHOWN = [("README.md", t) for t in HEADLINES] + [("report/README.md", t) for t in HEADLINES + DETAILS]
 
 
