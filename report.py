@@ -304,6 +304,9 @@ def split_command(command: str) -> tuple[str, str]:
             recipe += [word, next(words)]
         elif word in NO_RECIPE:
             next(words)
+        elif word == "--recipe":
+            name = next(words)
+            change += [] if name == "ours" else [word, name]
         else:
             change.append(word)
     return f"`{shlex.join(recipe)}`" if recipe else "", shlex.join(change)

@@ -76,7 +76,12 @@ def study(tmp_path, monkeypatch):
             ablation.append((key, {"accuracy": 60.0 + 10 * seed + gain}, "x"))
     rows("ablation.json", *ablation)
     command = "python3 p1_train.py --model sngan --steps 9 --seed {} --record results/recipes.json"
-    runs = [("", 0, 1.0, 90), ("", 1, 2.0, 92), (" --recipe report", 0, 3.0, 0.7), (" --no-flip", 0, 1.25, 88)]
+    runs = [
+        ("", 0, 1.0, 90),
+        (" --recipe ours", 1, 2.0, 92),
+        (" --recipe report", 0, 3.0, 0.7),
+        (" --no-flip", 0, 1.25, 88),
+    ]
     recipes = [({"training": command.format(s) + c}, {"fd": fd, "faces": f}, "x") for c, s, fd, f in runs]
     digits_run = {"training": "python3 p2_train.py --batch-size 4 --gamma 0 --data d"}
     rows("recipes.json", *recipes, (digits_run, {"fd": 4.0, "accuracy": 11}, "x"))
