@@ -187,17 +187,17 @@ class Judge:
         self.classifier = load_classifier(classifier).to(device)
         self.train, train_labels = load_digits(root, "train"), load_labels(root, "train")
         if held_out:
-            self.what = "held-out training digits"
+            self.scored, self.what = "held-out", "held-out training digits"
             (self.train, self.real), (train_labels, self.real_labels) = (
                 hold_out(x, HELD_OUT) for x in (self.train, train_labels)
             )
         else:
-            self.what = "validation digits"
+            self.scored, self.what = "val", "validation digits"
             self.real, self.real_labels = first_of_each(load_digits(root, "val"), load_labels(root, "val"), 200)
         self.floor, _ = first_of_each(self.train, train_labels, 100)
         self.inception = Inception(device, also=(64, 192))
         name = f"inception{'_'.join(map(str, self.inception.sizes))}"
-        self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_{self.what.split()[0]}"))
+        self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_{self.scored}"))
         self.floor_features = self.inception.reference(self.floor, cache_file(root, f"{name}_train"))
 
     def __call__(
@@ -234,9 +234,8 @@ class Judge:
         from metrics.colour import COLOURS, colour_statistics
 
         scores, real = {}, colour_statistics(self.real)
-        for suffix, what in (("", "samples"), ("_floor", "training digits")):
-            of = colour_statistics(images if not suffix else self.floor)
-            differences = (100 * (of / real - 1)).tolist()
+        for suffix, what, of in (("", "samples", images), ("_floor", "training digits", self.floor)):
+            differences = (100 * (colour_statistics(of) / real - 1)).tolist()
             mean, deviation = (", ".join(f"{d:+.1f}" for d in part) for part in (differences[:3], differences[3:]))
             print(f"red, green, blue of {what}: mean {mean} %, deviation {deviation} % of {self.what}'")
             scores |= {f"{name}{suffix}": d for name, d in zip(COLOURS, differences, strict=True)}
@@ -300,7 +299,7 @@ def main() -> None:
         scores = judge([o.out / name for name in names], labels, o.neighbours, o.unsure)
         if o.record:
             settings = ("sampler", "steps", "power", "eta", "w", "guide", "digits", "per_digit", "seed")
-            key = {"weights": o.weights.stem, "scored": "held-out" if o.held_out else "val"}
+            key = {"weights": o.weights.stem, "scored": judge.scored}
             key |= {name: getattr(o, name) for name in settings}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)
 

@@ -51,8 +51,9 @@ METHODS = {  # (method, network): title
     ("target", "dann"): "trained on target",
     ("target", "resnet34"): "trained on target, ResNet34",
 }
-NO_RECIPE = {"--method", "--target", "--seed", "--out", "--data", "--eval-every", "--sample-every", "--eval-images"}
-NO_RECIPE |= {"--record"}
+# options of the training scripts, with a value, that are no part of a recipe
+NO_RECIPE = {"--method", "--target", "--seed", "--data", "--out", "--record"}
+NO_RECIPE |= {"--eval-every", "--eval-images", "--sample-every"}
 PUBLISHED = {  # the published report's numbers
     "dcgan": "FID 38.68, faces 91.4 %",
     "sngan": "FID 25.66, faces 92.2 %",
@@ -245,7 +246,7 @@ def ablation_table() -> str:
     """What single options do to the adapted recipes: accuracy on target training images, and for each change the
     differences to the recipe's run of the same seed."""
     accuracy: dict[tuple[str, str], dict[tuple[str, int], float]] = {}  # (recipe, change): by target and seed
-    for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):  # those of p3_train.py
+    for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):
         recipe, change = split_command(row["key"]["training"])
         found = accuracy.setdefault((f"{METHODS[row['key']['method'], 'dann']} {recipe}".strip(), change), {})
         found[row["key"]["target"], row["key"]["seed"]] = row["scores"]["accuracy"]
@@ -368,8 +369,8 @@ def build_digits(o: argparse.Namespace) -> str:
     if o.measure or not scored_digits(seed=0):
         arguments = ("--weights", weights, "--per-digit", DIGITS)
         measure(o, "p2_test.py", o.data and o.data / "digits" / "mnistm", RESULTS / "digits.json", *arguments)
-    text = [f"{training(card)}.", digits_table(), "### Samplers", samplers_table()]
-    text += ["### Recipes", RECIPES, digit_recipes_table()]
+    text = [f"{training(card)}.", digits_table()]
+    text += ["### Samplers", SAMPLERS, samplers_table(), "### Recipes", RECIPES, digit_recipes_table()]
     text += curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training")
     return "\n\n".join(text)
 
@@ -421,6 +422,8 @@ def observations(_o: argparse.Namespace) -> str:
     path = RESULTS / "observations.md"
     return path.read_text(encoding="utf-8").strip() if path.exists() else "Not written yet."
 
+
+SAMPLERS = "Distances are to the held-out training digits: a sampler is chosen without the validation digits."
 
 RECIPES = """\
 Each row is a run of the same length, annealed within it where the recipe anneals, and scored at its end on the slice of

@@ -49,7 +49,10 @@ def read_results(path: Path) -> list[dict]:
 
 
 def check_record(path: Path | None, scored: bool, remedy: str = "add --evaluate") -> None:
-    """Raises UserError when --record is given and cannot take a row, before anything is measured."""
+    """Raises UserError when --record is given and cannot take a row, before anything is measured.
+
+    ``scored``: whether there will be scores; ``remedy``: what the user has to do to have some.
+    """
     if path is None:
         return
     if not scored:

@@ -20,16 +20,8 @@ from common.errors import UserError
 from common.files import atomic, make_folder, write_json
 
 BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
-FREE_ON_RESUME = {
-    "resume",
-    "device",
-    "data",
-    "save_every",
-    "keep",
-    "record",
-    "out",
-    *BUDGET,
-}  # the rest define the result
+# all other options define the result
+FREE_ON_RESUME = BUDGET | {"resume", "device", "data", "save_every", "keep", "record", "out"}
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
