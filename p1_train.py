@@ -4,9 +4,10 @@
   python3 p1_train.py --model sngan --data hw2_data/face --max-minutes 90    # stop, annealed, after 90 minutes
   python3 p1_train.py --model dcgan --data hw2_data/face --recipe report     # the report's own recipe
   python3 p1_train.py --resume runs/p1_sngan_000                             # go on after Ctrl-C or a kill
+  torchrun --standalone --nproc-per-node 4 p1_train.py --model sngan         # four GPUs, a quarter of a batch on each
 
---data is a folder with train/ (images) or with packed mosaics (see datasets/images.py). Runs on the CPU or on
-one GPU (choose with CUDA_VISIBLE_DEVICES or --device). The run folder gets options.json, metrics.csv,
+--data is a folder with train/ (images) or with packed mosaics (see datasets/images.py). Runs on the CPU, on
+one GPU (choose with CUDA_VISIBLE_DEVICES or --device) or on several. The run folder gets options.json, metrics.csv,
 curves.png, samples/, state.pt, last.safetensors and best.safetensors (best Fréchet distance to a
 held-out slice of the training images; validation images are never read).
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
+from common.parallel import average_gradients, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
 from common.trainer import LOG_STEPS, Part, Trainer
@@ -133,8 +135,8 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     real = normalise(images[torch.randint(len(images), (o.batch_size,), generator=random, device=device)])
     if o.flip:
         real = random_flip(real, random)
-    real = diff_augment(real, o.augment, random).contiguous(memory_format=memory_format(o))
-    z = torch.randn(o.batch_size, nets.generator.z_dim, generator=random, device=device)
+    real = share(diff_augment(real, o.augment, random)).contiguous(memory_format=memory_format(o))
+    z = share(torch.randn(o.batch_size, nets.generator.z_dim, generator=random, device=device))
     for optimiser, lr in ((nets.opt_d, o.lr_d), (nets.opt_g, o.lr_g)):
         optimiser.param_groups[0]["lr"] = lr * factor
 
@@ -145,6 +147,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     loss_d = discriminator_loss(logits_real, logits_fake, o.loss)
     nets.opt_d.zero_grad(set_to_none=True)
     loss_d.backward()
+    average_gradients(nets.discriminator)
     nets.opt_d.step()
 
     nets.discriminator.requires_grad_(False)
@@ -152,6 +155,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
         loss_g = generator_loss(nets.discriminator.logits(fake).float(), o.loss)
     nets.opt_g.zero_grad(set_to_none=True)
     loss_g.backward()
+    average_gradients(nets.generator)
     nets.opt_g.step()
     nets.discriminator.requires_grad_(True)
     nets.ema.update(nets.generator, step)

@@ -5,11 +5,12 @@
   python3 p2_train.py --data hw2_data/digits/mnistm --recipe report     # the report's own recipe
   python3 p2_train.py --init checkpoints/p2_unet.safetensors --max-minutes 100   # go on from finished weights
   python3 p2_train.py --resume runs/p2_000                              # go on after Ctrl-C or a kill
+  torchrun --standalone --nproc-per-node 4 p2_train.py                  # four GPUs, a quarter of a batch on each
 
---data is a folder with data/ and train.csv, or with packed mosaics (see datasets/images.py). Runs on the CPU or on one
-GPU (choose with CUDA_VISIBLE_DEVICES or --device). The run folder gets options.json, metrics.csv, curves.png,
-samples/ (10 of each digit), state.pt, last.safetensors and best.safetensors (best Fréchet distance to a held-out
-slice of the training digits; validation digits are never read).
+--data is a folder with data/ and train.csv, or with packed mosaics (see datasets/images.py). Runs on the CPU, on one
+GPU (choose with CUDA_VISIBLE_DEVICES or --device) or on several. The run folder gets options.json, metrics.csv,
+curves.png, samples/ (10 of each digit), state.pt, last.safetensors and best.safetensors (best Fréchet distance to a
+held-out slice of the training digits; validation digits are never read).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from common.checkpoint import history, load_network
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, run_main
+from common.parallel import average_gradients, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
 from common.trainer import Part, Trainer
@@ -179,9 +181,10 @@ class DiffusionTrainer(Trainer):
         y = torch.where(draws < o.drop, -1, self.labels[rows])
         self.optimiser.param_groups[0]["lr"] = o.lr * self.factor
         with autocast(device, o.bf16):
-            loss = training_loss(self.network, self.process, x_0, y, t, eps, self.weight)
+            loss = training_loss(self.network, self.process, *map(share, (x_0, y, t, eps)), self.weight)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.network)
         self.optimiser.step()
         self.ema.update(self.network, self.step)
         return loss.detach()[None]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
+from common.parallel import average_gradients, share
 from common.run import add_common_options, parse_with_resume, positive_int
 from common.trainer import Trainer
 from datasets.augment import cutout, digit_input, geometry, intensity, neighbours, soften
@@ -117,8 +118,9 @@ class DigitTrainer(Trainer):
 
     def __init__(self, o: argparse.Namespace, network: nn.Module, images: Tensor, extra: dict[str, nn.Module]):
         self.network, self.ema = network, EMA(network, o.ema)
-        trained = [p for part in (network, *extra.values()) for p in part.parameters()]
-        self.optimiser = torch.optim.AdamW(trained, o.lr, weight_decay=o.weight_decay, fused=True)
+        self.trained = network, *extra.values()
+        parameters = [p for part in self.trained for p in part.parameters()]
+        self.optimiser = torch.optim.AdamW(parameters, o.lr, weight_decay=o.weight_decay, fused=True)
         parts = {"network": network, "average": self.average, "optimiser": self.optimiser, **extra}
         device = next(network.parameters()).device
         super().__init__(f"p3_{o.method}_{o.target}", o, device, describe(images), parts)
@@ -151,6 +153,7 @@ class DigitTrainer(Trainer):
         self.optimiser.param_groups[0]["lr"] = self.o.lr * self.factor
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(*self.trained)
         self.optimiser.step()
         self.ema.update(self.network, self.step)
 
@@ -181,8 +184,8 @@ class SupervisedTrainer(DigitTrainer):
         random = step_generator(self.device, self.o.seed, self.step)
         rows = self.draw(len(self.images), random)
         with autocast(self.device, self.o.bf16):
-            logits = self.network.train()(self.augmented(self.images[rows], random))
-        loss = F.cross_entropy(logits.float(), self.labels[rows])
+            logits = self.network.train()(share(self.augmented(self.images[rows], random)))
+        loss = F.cross_entropy(logits.float(), share(self.labels[rows]))
         self.descend(loss)
         return loss.detach()[None]
 
@@ -243,17 +246,17 @@ class AdaptationTrainer(DigitTrainer):
         progress = self.budget.progress(self.step)
         reversal = o.adversary * adaptation_factor(progress)
         self.network.train()
-        x_s, x_t = self.augmented(source, random, as_target=True), self.augmented(target, random)
+        x_s, x_t = share(self.augmented(source, random, as_target=True)), share(self.augmented(target, random))
         with autocast(device, o.bf16):
             h_s, h_t = self.features(x_s, x_t)
             logits_s, logits_t = self.network.predictor(h_s).float(), self.network.predictor(h_t).float()
             domain = self.domain(reverse_gradient(torch.cat([h_s, h_t]), reversal)).float()
         is_source = torch.cat([domain.new_ones(len(h_s)), domain.new_zeros(len(h_t))])
         loss_domain = F.binary_cross_entropy_with_logits(domain, is_source)
-        loss_class = F.cross_entropy(logits_s, labels)
+        loss_class = F.cross_entropy(logits_s, share(labels))
         loss_self, kept = domain.new_zeros(()), domain.new_zeros(())
         if o.self_training and progress >= RAMP:
-            guess, sure = self.teach(target, logits_s.detach().softmax(1).max(1).values.mean())
+            guess, sure = self.teach(share(target), logits_s.detach().softmax(1).max(1).values.mean())
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()
         self.descend(loss_class + loss_domain + o.self_training * loss_self)

@@ -1,17 +1,24 @@
 """Devices, number formats and random numbers, for all scripts."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from common.errors import UserError
+from common.parallel import processes
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the first CUDA GPU, else the CPU. Raises UserError for a device that is not there."""
+    """``auto`` is the first CUDA GPU, else the CPU. Raises UserError for a device that is not there.
+
+    Of several processes (common/parallel.py) each has the GPU of its number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -40,7 +47,8 @@ def device_and_format(device: str, bf16: bool | None) -> tuple[torch.device, boo
 def hardware(device: torch.device) -> str:
     """What computes: the GPU's name, or the processor's and the number of threads."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device)
+        return f"{processes()} x {name}" if processes() > 1 else name
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
 from common.device import hardware
 from common.errors import UserError
+from common.parallel import agree, is_first, join, leave
 from common.pictures import plot_curves, save_png
 from common.results import check_record, record
 from common.run import Budget, Run, StopFlag, annealed
@@ -28,11 +29,13 @@ class Part(Protocol):
 
 
 class Trainer:
-    """A resumable loop. ``step`` counts the updates done, ``factor`` is the learning-rate factor of the next one.
+    """A resumable loop. ``step`` counts the updates done, ``scored`` is the one that was evaluated last, ``factor`` the
+    learning-rate factor of the next one.
 
     A problem's trainer sets the four class attributes and defines the methods that raise NotImplementedError. Its
     ``update`` must draw every random number from ``common.device.step_generator(device, seed, step)``; a resumed
-    run is then the same as one that was never stopped.
+    run is then the same as one that was never stopped. With several processes (common/parallel.py) it computes this
+    process's share of the batch, and averages gradients.
     """
 
     losses: tuple[str, ...]  # names of what ``update`` returns
@@ -53,8 +56,9 @@ class Trainer:
         runs whose weights it starts from."""
         check_record(o.record, getattr(o, "eval_images", 1) > 0, "give --eval-images above 0")
         self.o, self.device, self.data_id, self.parts = o, device, data_id, parts
-        self.step, self.factor, self.best, elapsed = 0, 1.0, None, 0.0
-        self.run = Run.start(name, o, before)
+        self.step, self.scored, self.factor, self.best, elapsed = 0, -1, 1.0, None, 0.0
+        join(o.batch_size)
+        self.run = Run.start(name, o, before) if is_first() else Run(o.resume or o.out)  # the others write nothing
         if o.resume:
             elapsed = self.restore()
         self.budget = Budget(o.steps, o.max_minutes, elapsed)
@@ -94,14 +98,15 @@ class Trainer:
             )
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
-        self.step, self.best = state["step"], state["best"]
-        self.run.forget_after(self.step)
+        self.step, self.scored, self.best = state["step"], state["scored"], state["best"]
+        if is_first():
+            self.run.forget_after(self.step)
         return state["elapsed"]
 
     def save(self) -> None:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        position = {"step": self.step, "elapsed": self.budget.elapsed, "best": self.best, "data": self.data_id}
-        save_state(self.run.state_path, {"parts": parts, **position})
+        position = {"step": self.step, "scored": self.scored, "best": self.best, "elapsed": self.budget.elapsed}
+        save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position})
         self.last_save = time.monotonic()
 
     def export(self, name: str, scores: dict) -> None:
@@ -133,7 +138,8 @@ class Trainer:
         means = dict(zip(self.losses, (self.sums / max(self.since, 1)).tolist(), strict=True))
         rate = self.since * self.o.batch_size / max(now - self.clock, 1e-9)
         row = {"step": self.step, "minutes": self.budget.elapsed / 60, "images_per_s": rate, "lr_factor": self.factor}
-        self.run.log(row | means | {name: scores.get(name) for name in self.scores})
+        losses = means if self.since else dict.fromkeys(means)
+        self.run.log(row | losses | {name: scores.get(name) for name in self.scores})
         bar.set_postfix_str(f"{self.describe(means)}, {rate:.0f} img/s")
         self.sums.zero_()
         self.since, self.clock = 0, now
@@ -150,6 +156,8 @@ class Trainer:
         self.export("last", scores)
         if scores:
             tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        if evaluate:
+            self.scored = self.step
         score = scores.get(self.selects)
         if evaluate and (score is None or self.best is None or score < self.best):
             self.best = score
@@ -161,27 +169,44 @@ class Trainer:
     def train(self) -> None:
         """Run until the budget is used up. After SIGINT or SIGTERM the state is saved and the script exits with 130."""
         o = self.o
-        with StopFlag() as stop, tqdm(initial=self.step, total=o.steps, unit="step", desc=self.run.folder.name) as bar:
-            while (progress := self.budget.progress(self.step)) < 1 and not stop.set:
+        bar = tqdm(initial=self.step, total=o.steps, unit="step", desc=self.run.folder.name, disable=not is_first())
+        with StopFlag() as stop, bar:
+            while True:
+                progress, stopped = agree(self.budget.progress(self.step), stop.set)
+                if progress >= 1 or stopped:
+                    break
                 self.factor = annealed(progress) if o.anneal else 1.0
                 self.sums += self.update()
                 self.step += 1
                 self.since += 1
                 bar.update()
-                done = self.budget.progress(self.step) >= 1
-                if done or self.step % o.eval_every == 0:
-                    self.checkpoint(bar, evaluate=True)
-                elif self.step % o.sample_every == 0:
-                    self.checkpoint(bar, evaluate=False)
-                elif self.step % LOG_STEPS == 0:
-                    self.log(bar, {})
-                done = self.budget.progress(self.step) >= 1  # the checkpoint may have taken what was left
-                if done or time.monotonic() - self.last_save > o.save_every * 60:
-                    self.save()
-            if stop.set:
-                self.save()
-                tqdm.write(f"stopped at step {self.step}; go on with: python3 {sys.argv[0]} --resume {self.run.folder}")
-                sys.exit(130)
+                if is_first() and self.budget.progress(self.step) < 1:
+                    self.report(bar)
+            leave()
+            if is_first():
+                self.finish(bar, bool(stopped))
+
+    def report(self, bar: tqdm) -> None:
+        """What is due after a step: an evaluation, a picture, a row of metrics.csv, the saved state."""
+        o = self.o
+        if self.step % o.eval_every == 0:
+            self.checkpoint(bar, evaluate=True)
+        elif self.step % o.sample_every == 0:
+            self.checkpoint(bar, evaluate=False)
+        elif self.step % LOG_STEPS == 0:
+            self.log(bar, {})
+        if time.monotonic() - self.last_save > o.save_every * 60:
+            self.save()
+
+    def finish(self, bar: tqdm, stopped: bool) -> None:
+        """Save; unless the run was stopped, score the last step, too, and say where the weights are."""
+        o = self.o
+        if not stopped and self.scored != self.step:
+            self.checkpoint(bar, evaluate=True)
+        self.save()
+        if stopped:
+            tqdm.write(f"stopped at step {self.step}; go on with: python3 {sys.argv[0]} --resume {self.run.folder}")
+            sys.exit(130)
         if o.record:
             weights = self.run.folder / "last.safetensors"
             _, card = load_weights(weights)

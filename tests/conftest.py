@@ -30,6 +30,19 @@ def digits(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def domains(tmp_path_factory) -> Path:
+    """mnistm, usps (gray) and svhn; the lists of the targets have labels in val only, none in train."""
+    root = tmp_path_factory.mktemp("digits")
+    for seed, (name, channels) in enumerate((("mnistm", 3), ("svhn", 3), ("usps", 1))):
+        paths = write_pngs(root / name / "data", smooth_images(40, 28, channels, seed))
+        write_index(root / name / "train.csv", [(p.name, i % 10) for i, p in enumerate(paths)])
+    for name in ("svhn", "usps"):
+        lines = (root / name / "train.csv").read_text().splitlines()
+        (root / name / "unlabelled.csv").write_text("\n".join(line.split(",")[0] for line in lines))
+    return root
+
+
 @pytest.fixture
 def mean_inception(monkeypatch):
     """Fréchet distances of block means instead of Inception features, in every script."""

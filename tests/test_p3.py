@@ -11,22 +11,9 @@ import p3_train
 from common.checkpoint import load_network, load_state, load_weights
 from datasets.augment import digit_input, geometry, intensity, neighbours, soften
 from models.dann import NETWORKS, Dann
-from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
+from tests.helpers import assert_user_error, run, smooth_images
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def domains(tmp_path_factory):
-    """mnistm, usps (gray) and svhn; the lists of the targets have labels in val only, none in train."""
-    root = tmp_path_factory.mktemp("digits")
-    for seed, (name, channels) in enumerate((("mnistm", 3), ("svhn", 3), ("usps", 1))):
-        paths = write_pngs(root / name / "data", smooth_images(40, 28, channels, seed))
-        write_index(root / name / "train.csv", [(p.name, i % 10) for i, p in enumerate(paths)])
-    for name in ("svhn", "usps"):
-        lines = (root / name / "train.csv").read_text().splitlines()
-        (root / name / "unlabelled.csv").write_text("\n".join(line.split(",")[0] for line in lines))
-    return root
 
 
 @pytest.fixture

@@ -1,0 +1,72 @@
+"""Training on several GPUs: one process for each, started by torchrun.
+
+  torchrun --standalone --nproc-per-node 4 p2_train.py --data hw2_data/digits/mnistm
+
+All processes hold the same weights and draw the same random numbers. Each computes its share of every batch, their
+gradients are averaged, and all make the same update. So the result is that of one process, but for rounding, and for
+batch normalisation, whose statistics are those of a share. The first process alone reports, scores and saves.
+Started without torchrun, the functions here do nothing.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def join(batch_size: int) -> None:
+    """Meet the other processes. Raises UserError when a batch cannot be shared equally."""
+    if processes() > 1:
+        if batch_size % processes():
+            raise UserError(f"--batch-size {batch_size}: not a multiple of the {processes()} processes of torchrun")
+        # the others wait through the first one's evaluations
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(batch: Tensor) -> Tensor:
+    """The rows of a batch (N, ...) that are this process's: N / ``processes()`` in a row."""
+    return batch.chunk(processes())[rank()]
+
+
+def agree(*values: float) -> list[float]:
+    """The first process's values, in all of them: clocks and signals differ."""
+    if processes() > 1:
+        shared = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(shared, src=0)
+        return shared.tolist()
+    return list(values)
+
+
+@torch.no_grad()
+def average_gradients(*networks: nn.Module) -> None:
+    """Put the mean over the processes in the place of each parameter's gradient."""
+    if processes() > 1:
+        gradients = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])  # one message, not one for each parameter
+        dist.all_reduce(flat)
+        flat /= processes()
+        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(mean.view(g.shape))
