@@ -16,7 +16,9 @@ from torch import Tensor
 
 from common.device import pick_device, step_generator
 from common.errors import Parser, run_main
-from common.run import add_common_options, parse_with_resume, positive_int
+from common.options import positive_float, positive_int
+from common.parallel import average_gradients, share
+from common.run import add_common_options, parse_with_resume
 from common.trainer import Trainer
 from datasets.augment import normalise, translation
 from datasets.digits import load_digits, load_labels
@@ -30,7 +32,7 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with train and val")
     parser.add_argument("--steps", type=positive_int, default=12_000, help="updates")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images per update")
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW learning rate, constant then linear to 0")
+    parser.add_argument("--lr", type=positive_float, default=2e-3, help="AdamW learning rate, in the second half to 0")
     parser.add_argument("--eval-every", type=positive_int, default=1000, help="steps between evaluations")
     parser.set_defaults(sample_every=10**9, anneal=True)
     add_common_options(parser)
@@ -59,11 +61,12 @@ class ClassifierTrainer(Trainer):
     def update(self) -> Tensor:
         random = step_generator(self.device, self.o.seed, self.step)
         rows = torch.randint(len(self.images), (self.o.batch_size,), generator=random, device=self.device)
-        x = translation(normalise(self.images[rows]), random, ratio=0.07)  # 2 pixels
+        x = share(translation(normalise(self.images[rows]), random, ratio=0.07))  # 2 pixels
         self.optimiser.param_groups[0]["lr"] = self.o.lr * self.factor
-        loss = F.cross_entropy(self.network.train()(x), self.labels[rows])
+        loss = F.cross_entropy(self.network.train()(x), share(self.labels[rows]))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.network)
         self.optimiser.step()
         return loss.detach()[None]
 

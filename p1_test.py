@@ -20,9 +20,9 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import noise, pick_device
 from common.errors import Parser, UserError, run_main
+from common.options import positive_int, seed
 from common.pictures import save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
-from common.run import positive_int
 from models.dcgan import Generator
 
 WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p1_sngan.safetensors"
@@ -34,7 +34,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p1_sngan.safetensors")
     parser.add_argument("--count", type=positive_int, default=1000, help="images to write (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write the first 32 images as a sheet, too")
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the images of this folder")
     parser.add_argument("--real", action="store_true", help="with --evaluate: score real training faces instead")

@@ -29,9 +29,10 @@ from tqdm import tqdm
 from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
+from common.options import positive_float, positive_int, several, share_of_one
 from common.parallel import average_gradients, share
 from common.pictures import sheet
-from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
+from common.run import add_common_options, add_sample_options, parse_with_resume
 from common.trainer import LOG_STEPS, Part, Trainer
 from datasets.augment import POLICIES, diff_augment, normalise, random_flip
 from datasets.faces import HELD_OUT, load_faces
@@ -61,11 +62,11 @@ def build_parser() -> Parser:
     parser.add_argument("--recipe", choices=("ours", "report"), default="ours", help="defaults of the options marked *")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/face"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates of each network")
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per update")
-    parser.add_argument("--lr-g", type=float, help="* Adam learning rate of the generator, betas (0.5, 0.999)")
-    parser.add_argument("--lr-d", type=float, help="* the same of the discriminator")
+    parser.add_argument("--batch-size", type=several, default=64, help="images per update")
+    parser.add_argument("--lr-g", type=positive_float, help="* Adam learning rate of the generator, betas (0.5, 0.999)")
+    parser.add_argument("--lr-d", type=positive_float, help="* the same of the discriminator")
     parser.add_argument("--loss", choices=("hinge", "logistic"), help="* logistic is BCE, non-saturating")
-    parser.add_argument("--ema", type=float, help="* decay of the generator's weight average; 0 for none")
+    parser.add_argument("--ema", type=share_of_one, help="* decay of the generator's weight average; 0 for none")
     parser.add_argument("--flip", action=boolean, help="* mirror real images at random")
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, help="* learning rates fall to 0 over the second half")

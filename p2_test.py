@@ -23,9 +23,9 @@ from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import Parser, UserError, run_main
 from common.files import check_writable
+from common.options import positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
-from common.run import positive_int
 from datasets.digits import CLASSES, SIZE
 from models.diffusion import Predict, Process, Watch, ddim, ddpm, dpm_solver_pp, guided, timesteps
 from models.unet import UNet_conditional
@@ -55,7 +55,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--eta", type=float, help="fresh noise in ddim: 0 none, 1 as ddpm (with --sampler: 0)")
     parser.add_argument("--w", type=float, help="guidance: (1 + w) eps_y - w eps; 0 is none (with --sampler: 2)")
     parser.add_argument("--guide", type=int, nargs=2, metavar="T", help="guide from this t to this t only")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
     parser.add_argument("--trajectory", type=Path, metavar="FILE", help="draw the reverse process of the first image")
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the digits of this folder")

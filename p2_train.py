@@ -27,9 +27,10 @@ from common.checkpoint import history, load_network
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, run_main
+from common.options import positive_float, positive_int, share_of_one, weight
 from common.parallel import average_gradients, share
 from common.pictures import sheet
-from common.run import add_common_options, add_sample_options, parse_with_resume, positive_int
+from common.run import add_common_options, add_sample_options, parse_with_resume
 from common.trainer import Part, Trainer
 from datasets.augment import normalise
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
@@ -74,12 +75,12 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, help="* images per update")
-    parser.add_argument("--lr", type=float, default=3e-4, help="AdamW learning rate")
-    parser.add_argument("--ema", type=float, help="* decay of the weight average; 0 for none")
+    parser.add_argument("--lr", type=positive_float, default=3e-4, help="AdamW learning rate")
+    parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average; 0 for none")
     parser.add_argument("--predicts", choices=("noise", "velocity"), help="* what the network's output means")
-    parser.add_argument("--gamma", type=float, help="* highest weight of the image error (min-SNR); 0 for none")
-    parser.add_argument("--floor", type=float, help="* lowest weight of the image error (truncated SNR); 0 for none")
-    parser.add_argument("--drop", type=float, default=0.1, help="share of labels dropped, for guidance")
+    parser.add_argument("--gamma", type=weight, help="* highest weight of the image error (min-SNR); 0 for none")
+    parser.add_argument("--floor", type=weight, help="* lowest weight of the image error (truncated SNR); 0 for none")
+    parser.add_argument("--drop", type=share_of_one, default=0.1, help="share of labels dropped, for guidance")
     parser.add_argument(
         "--drop-per", choices=("sample", "batch"), help="* drop labels one by one, or a batch's at once"
     )
@@ -93,10 +94,10 @@ def build_parser() -> Parser:
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     o = parse_with_resume(build_parser(), argv, lambda o: RECIPES[o.recipe])
-    if not 0 <= o.drop < 1:
-        raise UserError(f"--drop {o.drop}: a share from 0 to below 1")
-    if not 0 <= o.floor <= (o.gamma or math.inf):
-        raise UserError(f"--floor {o.floor} --gamma {o.gamma}: neither below 0, and floor at most gamma")
+    if o.floor > (o.gamma or math.inf):
+        raise UserError(f"--floor {o.floor} --gamma {o.gamma}: give a floor of at most gamma")
+    if o.dim % 4:
+        raise UserError(f"--dim {o.dim}: give a multiple of 4, the number of attention's heads")
     return o
 
 

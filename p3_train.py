@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
+from common.options import positive_float, positive_int, share_of_one, weight
 from common.parallel import average_gradients, share
-from common.run import add_common_options, parse_with_resume, positive_int
+from common.run import add_common_options, parse_with_resume
 from common.trainer import Trainer
 from datasets.augment import cutout, digit_input, geometry, intensity, neighbours, soften
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
@@ -78,9 +79,9 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="folder with mnistm, svhn, usps")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images of each domain per update")
-    parser.add_argument("--lr", type=float, help="* AdamW learning rate, to 0 over the second half")
-    parser.add_argument("--weight-decay", type=float, help="* of AdamW")
-    parser.add_argument("--ema", type=float, help="* decay of the weight average, which is the teacher and the result")
+    parser.add_argument("--lr", type=positive_float, help="* AdamW learning rate, to 0 over the second half")
+    parser.add_argument("--weight-decay", type=weight, help="* of AdamW")
+    parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average: teacher and result")
     parser.add_argument("--size", type=positive_int, help="* side of the images the network sees")
     parser.add_argument("--standardise", action=boolean, default=True, help="mean 0, deviation 1 for each image")
     parser.add_argument("--intensity", action=boolean, default=False, help="* flip, scale and shift intensities")
@@ -91,9 +92,9 @@ def build_parser() -> Parser:
     parser.add_argument("--neighbours", action=boolean, default=False, help="* source digits get neighbours (svhn)")
     parser.add_argument("--gray", action=boolean, default=False, help="* see all images in gray (usps)")
     parser.add_argument("--separate", action=boolean, default=False, help="* batch statistics for each domain")
-    parser.add_argument("--adversary", type=float, default=0.0, help="* weight of the reversed gradient")
-    parser.add_argument("--self-training", type=float, default=0.0, help="* weight of the teacher's labels")
-    parser.add_argument("--threshold", type=float, default=0.9, help="teacher's confidence, relative to source images")
+    parser.add_argument("--adversary", type=weight, default=0.0, help="* weight of the reversed gradient")
+    parser.add_argument("--self-training", type=weight, default=0.0, help="* weight of the teacher's labels")
+    parser.add_argument("--threshold", type=weight, default=0.9, help="teacher's confidence, relative to source images")
     parser.add_argument("--align", action=boolean, default=True, help="pull the teacher's classes to equal shares")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the extractor; the report has 64")
     parser.add_argument("--eval-every", type=positive_int, default=400, help="steps between evaluations")
@@ -312,6 +313,8 @@ def mutual_information(p: Tensor) -> float:
 
 def make_trainer(o: argparse.Namespace) -> DigitTrainer:
     device, o.bf16 = device_and_format(o.device, o.bf16)
+    if o.network == "dann" and not 32 <= o.size < 64:
+        raise UserError(f"--size {o.size}: the report's own network sees images of side 32 to 63")
     if o.method not in BASELINES and o.network != "dann":
         raise UserError(f"--network {o.network}: a network of the baselines; {o.method} trains the report's own")
     if o.method == "target":

@@ -126,21 +126,24 @@ def distances(row: dict) -> list[str]:
 
 
 def faces_table() -> str:
-    """Distance and face rate of both generators over sampling seeds, and of real faces."""
+    """Distance and face rate over sampling seeds: of both generators, of the same networks trained for as many steps by
+    the report's recipe (p1_sngan_report.safetensors, not shipped), and of real faces."""
     path, lines = RESULTS / "faces.json", []
-    measured = {name: rows_of(path, CHECKPOINTS / f"p1_{name}.safetensors", images=FACES) for name in GANS}
-    real = rows_of(path, weights="real", images=FACES)
-    names = {name for rows in (real, *measured.values()) for row in rows for name in distances(row)}
+    measured = {"training data (the floor)": rows_of(path, weights="real", images=FACES)}
+    for name, title in GANS.items():
+        measured[f"{title}, report's recipe"] = rows_of(path, weights=f"p1_{name}_report", images=FACES)
+        measured[title] = rows_of(path, CHECKPOINTS / f"p1_{name}.safetensors", images=FACES)
+    names = {name for rows in measured.values() for row in rows for name in distances(row)}
     if not names:
         return "Not measured yet: results/faces.json has no rows for these weights."
     if len(names) > 1:
         raise UserError(f"{path}: mixes {' and '.join(sorted(names))}; measure again with --measure")
     (fd,) = names
-    for name, rows in {"real": real, **measured}.items():
+    published = {title: PUBLISHED[name] for name, title in GANS.items()}
+    for title, rows in measured.items():
         if rows:
-            title = GANS.get(name, "training data (the floor)")
             scores = [mean_and_spread(column(rows, fd), 3), f"{mean_and_spread(column(rows, 'faces'), 1)} %"]
-            lines.append([title, str(len(rows)), *scores, PUBLISHED.get(name, "")])
+            lines.append([title, str(len(rows)), *scores, published.get(title, "")])
     return table([f"{FACES:,} images of", "seeds", fd, "exactly one face", "published report"], lines)
 
 

@@ -34,8 +34,10 @@ def is_first() -> bool:
 def join(batch_size: int) -> None:
     """Meet the other processes. Raises UserError when a batch cannot be shared equally."""
     if processes() > 1:
-        if batch_size % processes():
-            raise UserError(f"--batch-size {batch_size}: not a multiple of the {processes()} processes of torchrun")
+        if batch_size % processes() or batch_size < 2 * processes():  # one image has no batch statistics
+            raise UserError(
+                f"--batch-size {batch_size}: a multiple of {processes()} is needed, with 2 for each process"
+            )
         # the others wait through the first one's evaluations
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import atomic, make_folder, write_json
+from common.options import positive_float, positive_int, seed, several_or_none
 
 BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
 # all other options define the result
@@ -28,7 +29,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options every training script has."""
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--max-minutes", type=positive_float, help="stop, fully annealed, after so many minutes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and noise")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of weights, data order and noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--bf16", action=boolean, help="bfloat16 autocast (default: where the processor profits)")
     parser.add_argument("--save-every", type=positive_float, default=3.0, help="minutes between training states")
@@ -38,30 +39,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder")
 
 
-def positive_int(text: str) -> int:
-    return positive(text, int, "whole number")
-
-
-def positive_float(text: str) -> float:
-    return positive(text, float, "number")
-
-
-def positive(text: str, kind: type, what: str) -> int | float:
-    """The finite number above 0 that an option's text says. Raises ArgumentTypeError for any other text."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive {what}")
-    return value
-
-
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
     """Options of the scripts that train a generator."""
     parser.add_argument("--sample-every", type=positive_int, default=1000, help="steps between sample sheets")
     parser.add_argument("--eval-every", type=positive_int, default=5000, help="steps between evaluations")
-    parser.add_argument("--eval-images", type=int, default=1000, help="samples per evaluation; 0 for no evaluation")
+    parser.add_argument("--eval-images", type=several_or_none, default=1000, help="samples per evaluation, 0 for none")
 
 
 def parse_with_resume(

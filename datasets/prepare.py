@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from common.errors import Parser, UserError, run_main
 from common.files import make_folder, read_json, write_json
+from common.options import positive_int
 from common.pictures import save_png, sheet
-from common.run import positive_int
 from datasets import digits, faces
 from datasets.sources import (
     Celeba,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from common import options
 from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
 from common.device import noise, pick_device, step_generator
 from common.ema import EMA
@@ -20,7 +21,7 @@ from common.errors import Parser, UserError, describe_os_error
 from common.files import atomic
 from common.pictures import save_images, sheet, to_uint8
 from common.results import check_record, read_results, record
-from common.run import Budget, Run, annealed, given_options, positive_float, positive_int, resume_options
+from common.run import Budget, Run, annealed, given_options, resume_options
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
@@ -264,12 +265,24 @@ def test_a_reader_that_leaves_is_no_error():
         ("--steps ten", "argument --steps: ten is not a positive whole number"),
         ("--minutes nan", "argument --minutes: nan is not a positive number"),
         ("--minutes long", "argument --minutes: long is not a positive number"),
+        ("--ema 1", "argument --ema: 1 is not a number from 0 to below 1"),
+        ("--ema -0.1", "argument --ema: -0.1 is not a number from 0 to below 1"),
+        ("--weight inf", "argument --weight: inf is not a number from 0"),
+        ("--batch 1", "argument --batch: 1 is not a whole number from 2"),
+        ("--images 1", "argument --images: 1 is not 0 or a whole number from 2"),
+        (f"--seed {2**63}", f"argument --seed: {2**63} is not a whole number from -2.63 to below 2.63"),
+        ("--steps " + "9" * 400, "argument --steps: 9+ is not a positive whole number"),
     ],
 )
 def test_wrong_options_are_one_line(capsys, words, message):
     parser = Parser("docstring")
-    parser.add_argument("--steps", type=positive_int)
-    parser.add_argument("--minutes", type=positive_float)
+    parser.add_argument("--steps", type=options.positive_int)
+    parser.add_argument("--minutes", type=options.positive_float)
+    parser.add_argument("--ema", type=options.share_of_one)
+    parser.add_argument("--weight", type=options.weight)
+    parser.add_argument("--batch", type=options.several)
+    parser.add_argument("--images", type=options.several_or_none)
+    parser.add_argument("--seed", type=options.seed)
     with pytest.raises(UserError, match=f"^{message}; --help lists the options$"):
         parser.parse_args(words.split())
     assert capsys.readouterr() == ("", "")

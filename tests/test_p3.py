@@ -62,6 +62,8 @@ def test_baselines(domains, tmp_path, method, target):
 
 
 def test_adaptation_is_of_one_network(domains, tmp_path):
+    for size in (31, 64):
+        assert_user_error(train(domains, tmp_path, "--size", size), f"--size {size}", "32 to 63")
     assert_user_error(train(domains, tmp_path, "--method", "dann", "--network", "resnet34"), "--network resnet34")
 
 

@@ -38,7 +38,7 @@ def test_shares_are_the_batch_in_order(monkeypatch):
 def test_a_batch_that_cannot_be_shared(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ("--data", digits, "--batch-size", 3, "--dim", 4, "--eval-images", 0, "--device", "cpu")
-    assert_user_error(run(p2_train.main, *words, "--out", tmp_path / "runs"), "--batch-size 3", "2 processes")
+    assert_user_error(run(p2_train.main, *words, "--out", tmp_path / "runs"), "--batch-size 3", "a multiple of 2")
     assert not (tmp_path / "runs").exists()
 
 
