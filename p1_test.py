@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import noise, pick_device
 from common.errors import Parser, UserError, run_main
+from common.files import check_file, check_writable
 from common.options import positive_int, seed
 from common.pictures import save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
@@ -112,6 +113,8 @@ def main() -> None:
     if o.evaluate and o.count < 2:
         raise UserError(f"--count {o.count}: a Fréchet distance needs at least 2 images")
     judge = Judge(o.evaluate, device) if o.evaluate else None
+    check_writable(o.out)
+    check_file(o.sheet)
     images = generate(generator, o.count, o.seed, device) if generator else real_faces(o.evaluate, o.count)
     names = [f"{i:04d}.png" for i in range(1, o.count + 1)]
     save_images(images, names, o.out)

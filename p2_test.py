@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import Parser, UserError, run_main
-from common.files import check_writable
+from common.files import check_file, check_writable
 from common.options import positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
@@ -88,7 +88,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
     check_record(o.record, bool(o.evaluate))
-    for name in ("held_out", "neighbours", "unsure"):
+    for name in ("held_out", "classifier", "neighbours", "unsure"):
         if getattr(o, name) and not o.evaluate:
             raise UserError(f"--{name.replace('_', '-')}: needs scores; add --evaluate hw2_data/digits/mnistm")
     return o
@@ -284,6 +284,8 @@ def main() -> None:
     judge = Judge(o.evaluate, o.classifier, o.held_out, device) if o.evaluate else None
 
     check_writable(o.out)
+    for path in (o.grid, o.trajectory, o.neighbours, o.unsure):
+        check_file(path)
     start = time.monotonic()
     images = generate(network, digits, o.per_digit, o, device)
     seconds = time.monotonic() - start

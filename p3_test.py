@@ -23,7 +23,7 @@ from common.checkpoint import load_network
 from common.device import pick_device
 from common.ema import reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
-from common.files import atomic, make_folder
+from common.files import atomic, check_file, make_folder
 from common.pictures import plot_images, plot_points
 from common.results import add_record_option, check_record, record
 from datasets.augment import digit_input
@@ -126,8 +126,6 @@ class Reader:
 
 def write_labels(names: list[str], labels: list[int], out: Path) -> None:
     make_folder(out.parent)
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; give the name of a CSV file")
     with atomic(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         csv.writer(f, lineterminator="\n").writerows([("image_name", "label"), *zip(names, labels, strict=True)])
 
@@ -210,6 +208,8 @@ def main() -> None:
     truth = dict(read_labels(o.evaluate)) if o.evaluate else None
     weights = o.weights or CHECKPOINTS / f"p3_{target}.safetensors"
     reader = Reader(weights, device)
+    check_file(o.out)
+    check_file(o.errors)
     if o.images:
         images, names = decode_files(paths, SIZE), [path.name for path in paths]
         p = reader.probabilities(images)

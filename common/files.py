@@ -12,8 +12,11 @@ from common.errors import UserError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success rename it to ``path``, on any error remove it."""
+    """Yield a temporary path in the same folder; on success rename it to ``path``, on any error remove it. Raises
+    UserError when ``path`` is a folder."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -50,6 +53,14 @@ def read_json(path: Path) -> dict | None:
 def write_json(path: Path, content: dict) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_file(path: Path | None) -> None:
+    """Raises UserError when ``path`` is a folder, OSError when it cannot be written. For use before long work."""
+    if path:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file")
+        check_writable(path.parent)
 
 
 def check_writable(folder: Path) -> None:

@@ -103,7 +103,16 @@ class Trainer:
             self.run.forget_after(self.step)
         return state["elapsed"]
 
+    def check(self) -> None:
+        """Raises UserError when a loss since the last row of metrics.csv was infinite or no number."""
+        if not bool(self.sums.isfinite().all()):
+            raise UserError(
+                f"{self.run.folder}: a loss is no finite number after step {self.step}; start again with a lower "
+                "learning rate"
+            )
+
     def save(self) -> None:
+        self.check()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         position = {"step": self.step, "scored": self.scored, "best": self.best, "elapsed": self.budget.elapsed}
         save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position})
@@ -134,6 +143,7 @@ class Trainer:
 
     def log(self, bar: tqdm, scores: dict) -> None:
         """A row of metrics.csv: mean losses since the last row, and the scores, if any."""
+        self.check()
         now = time.monotonic()
         means = dict(zip(self.losses, (self.sums / max(self.since, 1)).tolist(), strict=True))
         rate = self.since * self.o.batch_size / max(now - self.clock, 1e-9)
@@ -146,6 +156,7 @@ class Trainer:
 
     def checkpoint(self, bar: tqdm, evaluate: bool) -> None:
         """Picture, scores where asked for, exported weights, curves."""
+        self.check()
         self.prepare()
         picture = self.picture()
         if picture is not None:

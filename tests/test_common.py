@@ -18,7 +18,7 @@ from common.checkpoint import load_network, load_state, load_weights, save_state
 from common.device import noise, pick_device, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, describe_os_error
-from common.files import atomic
+from common.files import atomic, check_file
 from common.pictures import save_images, sheet, to_uint8
 from common.results import check_record, read_results, record
 from common.run import Budget, Run, annealed, given_options, resume_options
@@ -124,8 +124,9 @@ def test_step_generators_repeat():
 
 def test_unknown_and_absent_devices():
     assert pick_device("cpu") == CPU
-    with pytest.raises(UserError, match="--device abacus"):
-        pick_device("abacus")
+    for name in ("abacus", "meta"):
+        with pytest.raises(UserError, match=f"--device {name}: unknown"):
+            pick_device(name)
     with pytest.raises(UserError, match="cuda:99"):
         pick_device("cuda:99")
 
@@ -286,6 +287,15 @@ def test_wrong_options_are_one_line(capsys, words, message):
     with pytest.raises(UserError, match=f"^{message}; --help lists the options$"):
         parser.parse_args(words.split())
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        check_file(tmp_path)
+    with pytest.raises(UserError, match="is a folder"), atomic(tmp_path):
+        pass
+    check_file(tmp_path / "new" / "file.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_one_line():

@@ -161,6 +161,13 @@ def test_wrong_training_input(digits, tmp_path, mean_inception):
     assert not list(tmp_path.glob("p2_*"))
 
 
+def test_losses_that_are_no_numbers_end_the_run(digits, tmp_path, mean_inception):
+    wrong = train(digits, tmp_path, "--lr", 1e30, "--steps", 3)
+    assert_user_error(wrong, tmp_path / "p2_000", "no finite number after step 3", "lower learning rate")
+    assert not list(tmp_path.glob("p2_000/*.safetensors"))
+    assert not (tmp_path / "p2_000" / "state.pt").exists()
+
+
 # The classifier
 
 
