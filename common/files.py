@@ -65,9 +65,12 @@ def check_file(path: Path | None) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raises OSError when nothing can be written to ``folder``, or where it would be made. For use before long work."""
-    place = Path(folder).resolve()
+    place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     if place.is_dir():
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from None  # not the temporary file's name

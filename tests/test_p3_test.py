@@ -173,7 +173,7 @@ def test_wrong_input(tmp_path, weights):
     assert_user_error(classify(tmp_path / "svhn", tmp_path / "empty"), tmp_path / "empty", "is a folder")
     assert_user_error(classify(tmp_path / "svhn", weights / "SHA256SUMS" / "o.csv"), "SHA256SUMS")
     if Path("/proc/self").is_dir():
-        assert_user_error(classify(tmp_path / "svhn", "/proc/self/o.csv"), "/proc/self/", "choose another")
+        assert_user_error(classify(tmp_path / "svhn", "/proc/self/o.csv"), "/proc/self:", "choose another")
     path = weights / "p3_svhn.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert_user_error(classify(tmp_path / "svhn", out), path, "damaged")
