@@ -352,7 +352,7 @@ def build_faces(o: argparse.Namespace) -> str:
                 measure_faces(o, "--weights", weights, "--seed", seed)
     if o.measure or not rows_of(RESULTS / "faces.json", weights="real", images=FACES):
         measure_faces(o, "--real")
-    text += [faces_table(), "### Recipes", RECIPES, face_recipes_table()]
+    text += [faces_table(), "### Face recipes", RECIPES, face_recipes_table()]
     for name, title in GANS.items():
         generator, card = load_network(CHECKPOINTS / f"p1_{name}.safetensors", {name: dcgan.Generator})
         images = p1_test.generate(generator, 32, 0, torch.device("cpu"))
@@ -373,7 +373,7 @@ def build_digits(o: argparse.Namespace) -> str:
         arguments = ("--weights", weights, "--per-digit", DIGITS)
         measure(o, "p2_test.py", o.data and o.data / "digits" / "mnistm", RESULTS / "digits.json", *arguments)
     text = [f"{training(card)}.", digits_table()]
-    text += ["### Samplers", SAMPLERS, samplers_table(), "### Recipes", RECIPES, digit_recipes_table()]
+    text += ["### Samplers", SAMPLERS, samplers_table(), "### Digit recipes", RECIPES, digit_recipes_table()]
     text += curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training")
     return "\n\n".join(text)
 
@@ -429,8 +429,9 @@ def observations(_o: argparse.Namespace) -> str:
 SAMPLERS = "Distances are to the held-out training digits: a sampler is chosen without the validation digits."
 
 RECIPES = """\
-Each row is a run of the same length, annealed within it where the recipe anneals, and scored at its end on the slice of
-the training images that is held out. So a recipe is chosen without the validation images."""
+Rows with the same first column can be compared: runs of the same length, annealed within it where the recipe anneals,
+and scored at their end on the slice of the training images that is held out. So a recipe is chosen without the
+validation images."""
 
 HEAD = """\
 # Report
