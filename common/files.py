@@ -64,13 +64,15 @@ def check_file(path: Path | None) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError when nothing can be written to ``folder``, or where it would be made. For use before long work."""
+    """Raises OSError when nothing can be written to ``folder``, or where it would be made, UserError when a file is in
+    the way. For use before long work."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
-    if place.is_dir():
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder)) from None  # not the temporary file's name
+    if not place.is_dir():
+        raise UserError(f"{folder}: is (or lies under) a file, not a folder; choose another output folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None  # not the temporary file's name

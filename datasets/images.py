@@ -136,7 +136,7 @@ def is_writable(folder: Path) -> bool:
     try:
         check_writable(folder)
         return folder.is_dir()
-    except OSError:
+    except (OSError, UserError):
         return False
 
 

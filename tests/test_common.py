@@ -18,7 +18,7 @@ from common.checkpoint import load_network, load_state, load_weights, save_state
 from common.device import noise, pick_device, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, describe_os_error
-from common.files import atomic, check_file
+from common.files import atomic, check_file, check_writable
 from common.pictures import save_images, sheet, to_uint8
 from common.results import check_record, read_results, record
 from common.run import Budget, Run, annealed, given_options, resume_options
@@ -295,6 +295,9 @@ def test_a_folder_is_no_place_for_a_file(tmp_path):
     with pytest.raises(UserError, match="is a folder"), atomic(tmp_path):
         pass
     check_file(tmp_path / "new" / "file.png")
+    for place in (ROOT / "README.md", ROOT / "README.md" / "x"):
+        with pytest.raises(UserError, match="not a folder"):
+            check_writable(place)
     assert list(tmp_path.iterdir()) == []
 
 
