@@ -66,7 +66,7 @@ class ClassifierTrainer(Trainer):
         loss = F.cross_entropy(self.network.train()(x), share(self.labels[rows]))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.network)
+        average_gradients(self.optimiser)
         self.optimiser.step()
         return loss.detach()[None]
 

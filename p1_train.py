@@ -148,7 +148,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     loss_d = discriminator_loss(logits_real, logits_fake, o.loss)
     nets.opt_d.zero_grad(set_to_none=True)
     loss_d.backward()
-    average_gradients(nets.discriminator)
+    average_gradients(nets.opt_d)
     nets.opt_d.step()
 
     nets.discriminator.requires_grad_(False)
@@ -156,7 +156,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
         loss_g = generator_loss(nets.discriminator.logits(fake).float(), o.loss)
     nets.opt_g.zero_grad(set_to_none=True)
     loss_g.backward()
-    average_gradients(nets.generator)
+    average_gradients(nets.opt_g)
     nets.opt_g.step()
     nets.discriminator.requires_grad_(True)
     nets.ema.update(nets.generator, step)

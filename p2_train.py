@@ -185,7 +185,7 @@ class DiffusionTrainer(Trainer):
             loss = training_loss(self.network, self.process, *map(share, (x_0, y, t, eps)), self.weight)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.network)
+        average_gradients(self.optimiser)
         self.optimiser.step()
         self.ema.update(self.network, self.step)
         return loss.detach()[None]

@@ -119,9 +119,8 @@ class DigitTrainer(Trainer):
 
     def __init__(self, o: argparse.Namespace, network: nn.Module, images: Tensor, extra: dict[str, nn.Module]):
         self.network, self.ema = network, EMA(network, o.ema)
-        self.trained = network, *extra.values()
-        parameters = [p for part in self.trained for p in part.parameters()]
-        self.optimiser = torch.optim.AdamW(parameters, o.lr, weight_decay=o.weight_decay, fused=True)
+        trained = [p for part in (network, *extra.values()) for p in part.parameters()]
+        self.optimiser = torch.optim.AdamW(trained, o.lr, weight_decay=o.weight_decay, fused=True)
         parts = {"network": network, "average": self.average, "optimiser": self.optimiser, **extra}
         device = next(network.parameters()).device
         super().__init__(f"p3_{o.method}_{o.target}", o, device, describe(images), parts)
@@ -154,7 +153,7 @@ class DigitTrainer(Trainer):
         self.optimiser.param_groups[0]["lr"] = self.o.lr * self.factor
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(*self.trained)
+        average_gradients(self.optimiser)
         self.optimiser.step()
         self.ema.update(self.network, self.step)
 
@@ -244,8 +243,7 @@ class AdaptationTrainer(DigitTrainer):
         rows = self.draw(len(self.images), random)
         source, labels = self.images[rows], self.labels[rows]
         target = self.target_images[self.draw(len(self.target_images), random)]
-        progress = self.budget.progress(self.step)
-        reversal = o.adversary * adaptation_factor(progress)
+        reversal = o.adversary * adaptation_factor(self.progress)
         self.network.train()
         x_s, x_t = share(self.augmented(source, random, as_target=True)), share(self.augmented(target, random))
         with autocast(device, o.bf16):
@@ -256,7 +254,7 @@ class AdaptationTrainer(DigitTrainer):
         loss_domain = F.binary_cross_entropy_with_logits(domain, is_source)
         loss_class = F.cross_entropy(logits_s, share(labels))
         loss_self, kept = domain.new_zeros(()), domain.new_zeros(())
-        if o.self_training and progress >= RAMP:
+        if o.self_training and self.progress >= RAMP:
             guess, sure = self.teach(share(target), logits_s.detach().softmax(1).max(1).values.mean())
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()

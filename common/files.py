@@ -10,13 +10,21 @@ from pathlib import Path
 from common.errors import UserError
 
 
+def refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+
+
+def file_in_the_way(path: Path) -> UserError:
+    return UserError(f"{path}: is (or lies under) a file, not a folder; choose another output folder")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success rename it to ``path``, on any error remove it. Raises
     UserError when ``path`` is a folder."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file")
+    refuse_folder(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -37,7 +45,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{path}: is (or lies under) a file, not a folder; choose another output folder") from None
+        raise file_in_the_way(path) from None
     return path
 
 
@@ -58,8 +66,7 @@ def write_json(path: Path, content: dict) -> None:
 def check_file(path: Path | None) -> None:
     """Raises UserError when ``path`` is a folder, OSError when it cannot be written. For use before long work."""
     if path:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give the name of a file")
+        refuse_folder(path)
         check_writable(path.parent)
 
 
@@ -70,7 +77,7 @@ def check_writable(folder: Path) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise UserError(f"{folder}: is (or lies under) a file, not a folder; choose another output folder")
+        raise file_in_the_way(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

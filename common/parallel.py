@@ -13,7 +13,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from common.errors import UserError
 
@@ -63,10 +64,10 @@ def agree(*values: float) -> list[float]:
 
 
 @torch.no_grad()
-def average_gradients(*networks: nn.Module) -> None:
-    """Put the mean over the processes in the place of each parameter's gradient."""
+def average_gradients(optimiser: Optimizer) -> None:
+    """Put the mean over the processes in the place of each gradient that ``optimiser`` is about to use."""
     if processes() > 1:
-        gradients = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
+        gradients = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])  # one message, not one for each parameter
         dist.all_reduce(flat)
         flat /= processes()

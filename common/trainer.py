@@ -29,8 +29,9 @@ class Part(Protocol):
 
 
 class Trainer:
-    """A resumable loop. ``step`` counts the updates done, ``scored`` is the one that was evaluated last, ``factor`` the
-    learning-rate factor of the next one.
+    """A resumable loop. ``step`` counts the updates done, ``scored`` is the one that was evaluated last. ``progress``,
+    the used share of the budget before the next update, and ``factor``, that update's learning-rate factor, are the
+    same in all processes.
 
     A problem's trainer sets the four class attributes and defines the methods that raise NotImplementedError. Its
     ``update`` must draw every random number from ``common.device.step_generator(device, seed, step)``; a resumed
@@ -56,7 +57,7 @@ class Trainer:
         runs whose weights it starts from."""
         check_record(o.record, getattr(o, "eval_images", 1) > 0, "give --eval-images above 0")
         self.o, self.device, self.data_id, self.parts = o, device, data_id, parts
-        self.step, self.scored, self.factor, self.best, elapsed = 0, -1, 1.0, None, 0.0
+        self.step, self.scored, self.progress, self.best, elapsed = 0, -1, 0.0, None, 0.0
         join(o.batch_size)
         self.run = Run.start(name, o, before) if is_first() else Run(o.resume or o.out)  # the others write nothing
         if o.resume:
@@ -65,6 +66,10 @@ class Trainer:
         self.sums, self.since = torch.zeros(len(self.losses), device=device), 0
         self.clock = self.last_save = time.monotonic()
         torch.backends.cudnn.benchmark = True
+
+    @property
+    def factor(self) -> float:
+        return annealed(self.progress) if self.o.anneal else 1.0
 
     def update(self) -> Tensor:
         """One update of all networks; returns ``losses``, float32 on the device, without waiting for it."""
@@ -186,7 +191,7 @@ class Trainer:
                 progress, stopped = agree(self.budget.progress(self.step), stop.set)
                 if progress >= 1 or stopped:
                     break
-                self.factor = annealed(progress) if o.anneal else 1.0
+                self.progress = progress
                 self.sums += self.update()
                 self.step += 1
                 self.since += 1

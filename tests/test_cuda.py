@@ -82,7 +82,7 @@ def test_the_imitation_refuses_to_mix_devices(cuda):
 def test_updates_and_pictures_stay_on_the_gpu(cuda, script, make, words):
     trainer = make(script.parse_options([*words.split(), "--device", "cuda", "--no-bf16", "--batch-size", "4"]))
     for step in (0, trainer.o.steps // 2):  # self-training starts later
-        trainer.step = step
+        trainer.step, trainer.progress = step, step / trainer.o.steps
         losses = trainer.update()
         assert losses.device == CUDA
         assert losses.shape == (len(trainer.losses),)
