@@ -51,7 +51,6 @@ ADAPTED = FOR_NETWORK["dann"] | {  # both adapted networks
     "network": "dann",
     "adversary": 0.3,
     "separate": True,
-    "intensity": True,
     "geometry": True,
     "fit": True,
     "soften": True,
@@ -62,12 +61,15 @@ RECIPES = {
     "dann": ADAPTED | {"steps": 600, "ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}
+FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True, "intensity": True}}
 FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
     "svhn": {"width": (0.75, 1.2), "height": (1.0, 1.5)},
     "usps": {"width": (1.0, 1.5), "height": (1.1, 1.6)},
 }
-SELF_TRAINED = {"svhn": {"steps": 2000, "cutout": True}, "usps": {"steps": 800}}  # dann-st's own
+SELF_TRAINED = {  # dann-st's own
+    "svhn": {"steps": 3000, "cutout": True, "fade": True, "adversary": 0.0},
+    "usps": {"steps": 800},
+}
 
 
 def build_parser() -> Parser:
@@ -84,7 +86,7 @@ def build_parser() -> Parser:
     parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average: teacher and result")
     parser.add_argument("--size", type=positive_int, help="* side of the images the network sees")
     parser.add_argument("--standardise", action=boolean, default=True, help="mean 0, deviation 1 for each image")
-    parser.add_argument("--intensity", action=boolean, default=False, help="* flip, scale and shift intensities")
+    parser.add_argument("--intensity", action=boolean, default=False, help="* flip, scale and shift intensities (usps)")
     parser.add_argument("--geometry", action=boolean, default=False, help="* turn, scale and shift images")
     parser.add_argument("--fit", action=boolean, default=False, help="* with --geometry: source digits of target size")
     parser.add_argument("--soften", action=boolean, default=False, help="* blur images, add noise")
@@ -94,6 +96,7 @@ def build_parser() -> Parser:
     parser.add_argument("--separate", action=boolean, default=False, help="* batch statistics for each domain")
     parser.add_argument("--adversary", type=weight, default=0.0, help="* weight of the reversed gradient")
     parser.add_argument("--self-training", type=weight, default=0.0, help="* weight of the teacher's labels")
+    parser.add_argument("--fade", action=boolean, default=False, help="* source labels count less and less (svhn)")
     parser.add_argument("--threshold", type=weight, default=0.9, help="teacher's confidence, relative to source images")
     parser.add_argument("--align", action=boolean, default=True, help="pull the teacher's classes to equal shares")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the extractor; the report has 64")
@@ -258,7 +261,8 @@ class AdaptationTrainer(DigitTrainer):
             guess, sure = self.teach(share(target), logits_s.detach().softmax(1).max(1).values.mean())
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()
-        self.descend(loss_class + loss_domain + o.self_training * loss_self)
+        weight_of_source = source_factor(self.progress) if o.fade else 1.0
+        self.descend(weight_of_source * loss_class + loss_domain + o.self_training * loss_self)
         correct = ((domain > 0) == (is_source > 0)).float()
         domain_s, domain_t = correct[: len(h_s)].mean(), correct[len(h_s) :].mean()
         return torch.stack([loss_class, loss_domain, loss_self, domain_s, domain_t, kept]).detach()
@@ -298,6 +302,14 @@ class AdaptationTrainer(DigitTrainer):
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
         return "dann", {"dim": self.o.dim}, self.average.state_dict()
+
+
+def source_factor(progress: float) -> float:
+    """What source labels count with ``--fade``: 1 in the first quarter of a run, falling to 0.1 at 70 % of it.
+
+    DIRT-T (Shu et al. 2018, arXiv:1802.08735, section 5) drops the source altogether once the target has labels.
+    """
+    return min(1.0, max(0.1, 1.5 - 2 * progress))
 
 
 def mutual_information(p: Tensor) -> float:
