@@ -96,6 +96,26 @@ def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
     assert [load_weights(path)[1]["steps"] for path in kept] == [3, 6]
 
 
+def test_source_labels_fade(domains, tmp_path, monkeypatch):
+    assert [p3_train.source_factor(p) for p in (0, 0.25, 0.5, 1)] == [1, 1, 0.5, 0.1]
+    update, descend, descended, expected = p3_train.AdaptationTrainer.update, p3_train.DigitTrainer.descend, [], []
+
+    def recorded_update(self):
+        losses = update(self)
+        source, domain, target = losses[:3].tolist()
+        expected.append(p3_train.source_factor(self.progress) * source + domain + target)
+        return losses
+
+    def recorded_descend(self, loss):
+        descended.append(loss.item())
+        descend(self, loss)
+
+    monkeypatch.setattr(p3_train.AdaptationTrainer, "update", recorded_update)
+    monkeypatch.setattr(p3_train.DigitTrainer, "descend", recorded_descend)
+    assert train(domains, tmp_path, "--method", "dann-st", "--target", "svhn", "--steps", 5).code == 0
+    assert descended == pytest.approx(expected)
+
+
 def test_mutual_information():
     sure = torch.eye(10).repeat(3, 1)
     assert p3_train.mutual_information(sure) == pytest.approx(math.log(10))
