@@ -307,7 +307,7 @@ class AdaptationTrainer(DigitTrainer):
 def source_factor(progress: float) -> float:
     """What source labels count with ``--fade``: 1 in the first quarter of a run, falling to 0.1 at 70 % of it.
 
-    DIRT-T (Shu et al. 2018, arXiv:1802.08735, section 5) drops the source altogether once the target has labels.
+    After DIRT-T (Shu et al. 2018, arXiv:1802.08735), which refines a classifier on the target alone.
     """
     return min(1.0, max(0.1, 1.5 - 2 * progress))
 
