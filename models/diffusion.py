@@ -31,6 +31,13 @@ class Process:
         self.beta = torch.cat([torch.zeros(1), torch.linspace(beta_1, beta_T, T, dtype=torch.float64)])
         self.alpha = 1 - self.beta
         self.alpha_bar = self.alpha.cumprod(0)
+        self.copies: dict[torch.device, Tensor] = {}
+
+    def alpha_bar_on(self, device: torch.device) -> Tensor:
+        """``alpha_bar``, copied to ``device`` once: a copy at every step would wait for all work queued there."""
+        if device not in self.copies:
+            self.copies[device] = self.alpha_bar.to(device)
+        return self.copies[device]
 
     def signal(self, t: int) -> float:
         """sqrt(alpha_bar_t), the scale of x_0 in x_t."""
@@ -42,7 +49,7 @@ class Process:
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps (N, C, H, W); t (N,)."""
-        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bar_on(t.device)[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
 
     def to_x_0(self, x_t: Tensor, t: int, eps: Tensor) -> Tensor:
