@@ -87,7 +87,6 @@ def build_parser() -> Parser:
     parser.add_argument("--anneal", action=boolean, help="* the learning rate falls to 0 over the second half")
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from these weights, not from random ones")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the network; the report has 64")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a slower start, faster steps (GPU)")
     add_sample_options(parser)
     add_common_options(parser)
     return parser
@@ -160,8 +159,6 @@ class DiffusionTrainer(Trainer):
             self.network = UNet_conditional(dim=o.dim, predicts=o.predicts)
         self.network.to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.network, o.ema)
-        if o.compile:
-            self.network.compile()  # in place; the average, which samples, stays as it is
         self.optimiser = torch.optim.AdamW(self.network.parameters(), o.lr, fused=True)
         self.process = Process()
         self.weight = snr_weight(self.process, o.gamma, o.floor).to(device)
@@ -214,12 +211,7 @@ class DiffusionTrainer(Trainer):
 
 
 def main() -> None:
-    trainer = DiffusionTrainer(parse_options(sys.argv[1:]))
-    try:
-        trainer.train()
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--compile: torch.compile does not work here ({reason}); leave it out") from None
+    DiffusionTrainer(parse_options(sys.argv[1:])).train()
 
 
 if __name__ == "__main__":

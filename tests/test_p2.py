@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import classifier_train
 import p2_test
@@ -109,32 +108,6 @@ def test_resume_refuses_other_options(digits, tmp_path, mean_inception):
     assert train(digits, tmp_path, "--steps", 1, "--eval-images", 0).code == 0
     outcome = run(p2_train.main, "--resume", tmp_path / "p2_000", "--lr", 1, "--gamma", 0)
     assert_user_error(outcome, "--gamma (run 5.0, given 0.0)", "--lr (run 0.0003, given 1.0)")
-
-
-def test_a_compiled_network_learns_the_same(digits, tmp_path, monkeypatch):
-    compiled, compile_network = [], nn.Module.compile
-
-    def without_code(self):  # traced, but not turned into machine code
-        compiled.append(self)
-        compile_network(self, backend="eager")
-
-    monkeypatch.setattr(nn.Module, "compile", without_code)
-    for options in ((), ("--compile",)):
-        assert train(digits, tmp_path, "--steps", 2, "--eval-images", 0, "--ema", 0, *options).code == 0
-    assert len(compiled) == 1
-    (plain, _), (traced, _) = (load_weights(tmp_path / f"p2_00{i}" / "last.safetensors") for i in range(2))
-    assert plain.keys() == traced.keys()
-    assert all(torch.allclose(plain[k], traced[k], atol=1e-3) for k in plain)
-
-
-def test_a_failed_compilation_is_one_line(digits, tmp_path, monkeypatch):
-    def fail(_graph, _inputs):
-        raise RuntimeError("no compiler found")
-
-    compile_network = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_network(self, backend=fail))
-    outcome = train(digits, tmp_path, "--steps", 1, "--eval-images", 0, "--compile")
-    assert_user_error(outcome, "--compile", "no compiler found", "leave it out")
 
 
 @pytest.mark.parametrize("drop_per", ["sample", "batch"])
