@@ -433,9 +433,10 @@ and scored at their end on the slice of the training images that is held out. So
 validation images."""
 
 ABLATION = """\
-Accuracy on target training images; for changes, its difference to the recipe's run of the same seed. The rows are older
-than commit 29ecad5: until then the recipes of SVHN changed intensities as that of USPS does, and its DANN-ST had the
-adversary and did not fade."""
+Accuracy on target training images; for changes, its difference to the recipe's run of the same seed. DANN without
+`--batch-size` is the whole recipe, 600 steps of 64. The short runs (250 steps of 32) are older than commit 29ecad5:
+until then the recipes of SVHN changed intensities as that of USPS does, and its DANN-ST had the adversary and did not
+fade."""
 
 HEAD = """\
 # Report
