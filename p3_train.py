@@ -28,7 +28,7 @@ from common.options import positive_float, positive_int, share_of_one, weight
 from common.parallel import average_gradients, share
 from common.run import add_common_options, parse_with_resume
 from common.trainer import Trainer
-from datasets.augment import cutout, digit_input, geometry, intensity, neighbours, soften
+from datasets.augment import cutout, digit_input, geometry, neighbours, soften
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
 from datasets.images import describe, hold_out
 from models.dann import (
@@ -61,7 +61,7 @@ RECIPES = {
     "dann": ADAPTED | {"steps": 600, "ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True, "intensity": True}}
+FOR_TARGET = {"svhn": {"neighbours": True, "adversary": 1.0}, "usps": {"gray": True}}
 FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
     "svhn": {"width": (0.75, 1.2), "height": (1.0, 1.5)},
     "usps": {"width": (1.0, 1.5), "height": (1.1, 1.6)},
@@ -86,7 +86,6 @@ def build_parser() -> Parser:
     parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average: teacher and result")
     parser.add_argument("--size", type=positive_int, help="* side of the images the network sees")
     parser.add_argument("--standardise", action=boolean, default=True, help="mean 0, deviation 1 for each image")
-    parser.add_argument("--intensity", action=boolean, default=False, help="* flip, scale and shift intensities (usps)")
     parser.add_argument("--geometry", action=boolean, default=False, help="* turn, scale and shift images")
     parser.add_argument("--fit", action=boolean, default=False, help="* with --geometry: source digits of target size")
     parser.add_argument("--soften", action=boolean, default=False, help="* blur images, add noise")
@@ -145,8 +144,6 @@ class DigitTrainer(Trainer):
             x = neighbours(x, random)
         if self.o.soften:
             x = soften(x, random)
-        if self.o.intensity:
-            x = intensity(x, random)
         return cutout(x, random, ratio=0.4) if self.o.cutout and not as_target else x
 
     def draw(self, count: int, random: torch.Generator) -> Tensor:
@@ -271,18 +268,13 @@ class AdaptationTrainer(DigitTrainer):
     def teach(self, target: Tensor, confidence_on_source: Tensor) -> tuple[Tensor, Tensor]:
         """(guessed classes (N,), 1 where the teacher is sure enough (N,)) of target images.
 
-        The teacher is the weight average; it sees images as they are, and with their intensities flipped, too. Sure
-        enough is ``threshold`` times the network's mean confidence on source images (AdaMatch, Berthelot et al. 2022,
-        arXiv:2106.04732). With ``align`` its classes are first weighted so that they come in equal shares.
+        The teacher is the weight average; it sees images as they are. Sure enough is ``threshold`` times the network's
+        mean confidence on source images (AdaMatch, Berthelot et al. 2022, arXiv:2106.04732). With ``align`` its classes
+        are first weighted so that they come in equal shares.
         """
         teacher = self.average.train()  # statistics of the batch at hand
-
-        def classify(x: Tensor) -> Tensor:
-            with autocast(self.device, self.o.bf16):
-                return teacher(x).float().softmax(1)
-
-        x = self.see(target)
-        p = (classify(x) + classify(-x)) / 2 if self.o.intensity else classify(x)
+        with autocast(self.device, self.o.bf16):
+            p = teacher(self.see(target)).float().softmax(1)
         if self.o.align:
             p = p / p.mean(0).clamp(min=1e-3)
             p = p / p.sum(1, keepdim=True)

@@ -76,12 +76,6 @@ def digit_input(images: Tensor, size: int, standardised: bool, gray: bool = Fals
     return standardise(x) if standardised else x
 
 
-def intensity(x: Tensor, generator: Generator) -> Tensor:
-    """Of each image, the sign flipped with probability one half, contrast times 0.25 ... 1.5, brightness +-0.5."""
-    sign = torch.where(_uniform(x, generator) < 0.5, -1.0, 1.0)
-    return x * sign * (_uniform(x, generator) * 1.25 + 0.25) + (_uniform(x, generator) - 0.5)
-
-
 def geometry(
     x: Tensor,
     generator: Generator,

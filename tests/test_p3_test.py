@@ -13,7 +13,7 @@ from common.results import read_results
 from models.dann import Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
-OPTIONS = {"size": 32, "standardise": True, "intensity": True, "gray": False, "separate": True}
+OPTIONS = {"size": 32, "standardise": True, "gray": False, "separate": True}
 CARD = {"model": "dann", "config": {"dim": 2}, "command": "python3 p3_train.py --seed 4", "minutes": 9.5}
 CARD["held_out_scores"] = {"validator": -1.5}
 CARD["options"] = OPTIONS | {"method": "dann-st", "network": "dann", "target": "svhn", "seed": 4}
