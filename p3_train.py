@@ -61,7 +61,10 @@ RECIPES = {
     "dann": ADAPTED | {"steps": 600, "ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-FOR_TARGET = {"svhn": {"neighbours": True, "adversary": 1.0}, "usps": {"gray": True}}
+FOR_TARGET = {
+    "svhn": {"steps": 1200, "neighbours": True, "adversary": 1.0},
+    "usps": {"gray": True},
+}
 FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
     "svhn": {"width": (0.75, 1.2), "height": (1.0, 1.5)},
     "usps": {"width": (1.0, 1.5), "height": (1.1, 1.6)},
