@@ -49,7 +49,6 @@ FOR_NETWORK = {
 }
 ADAPTED = FOR_NETWORK["dann"] | {  # both adapted networks
     "network": "dann",
-    "adversary": 0.3,
     "separate": True,
     "geometry": True,
     "fit": True,
@@ -58,20 +57,19 @@ ADAPTED = FOR_NETWORK["dann"] | {  # both adapted networks
 RECIPES = {
     "source": {"steps": 1000, "ema": 0.99},
     "target": {"steps": 800, "ema": 0.99, "geometry": True},
-    "dann": ADAPTED | {"steps": 600, "ema": 0.99},
+    "dann": ADAPTED | {"ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-FOR_TARGET = {
-    "svhn": {"steps": 1200, "neighbours": True, "adversary": 1.0},
-    "usps": {"gray": True},
-}
+FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}
 FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
     "svhn": {"width": (0.75, 1.2), "height": (1.0, 1.5)},
     "usps": {"width": (1.0, 1.5), "height": (1.1, 1.6)},
 }
-SELF_TRAINED = {  # dann-st's own
-    "svhn": {"steps": 3000, "cutout": True, "fade": True, "adversary": 0.0},
-    "usps": {"steps": 800},
+FOR_BOTH = {  # what hangs on method and target
+    ("dann", "svhn"): {"steps": 1200, "adversary": 1.0},
+    ("dann", "usps"): {"steps": 600, "adversary": 0.3},
+    ("dann-st", "svhn"): {"steps": 3000, "adversary": 0.0, "cutout": True, "fade": True},
+    ("dann-st", "usps"): {"steps": 800, "adversary": 0.3},
 }
 
 
@@ -115,8 +113,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 def recipe(o: argparse.Namespace) -> dict[str, object]:
     if o.method in BASELINES:
         return FOR_NETWORK[o.network] | RECIPES[o.method]
-    own = SELF_TRAINED[o.target] if o.method == "dann-st" else {}
-    return RECIPES[o.method] | FOR_TARGET[o.target] | own
+    return RECIPES[o.method] | FOR_TARGET[o.target] | FOR_BOTH[o.method, o.target]
 
 
 class DigitTrainer(Trainer):
