@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
-from common.options import positive_float, positive_int, share_of_one, weight
+from common.options import from_zero, positive_float, positive_int, share_of_one, weight
 from common.parallel import average_gradients, share
-from common.run import add_common_options, parse_with_resume
+from common.run import add_common_options, annealed, parse_with_resume
 from common.trainer import Trainer
 from datasets.augment import cutout, digit_input, geometry, neighbours, soften
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
@@ -41,7 +41,8 @@ from models.dann import (
 
 SOURCE = "mnistm"
 SCORED = 3000  # target training images on which the label-free validator looks
-RAMP = 0.15  # self-training starts after this share of the budget
+RAMP = 0.15  # self-training starts after this share of the first network's steps
+OWN = 0.4  # a student labels for itself after this share of its steps
 BASELINES = ("source", "target")
 FOR_NETWORK = {
     "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
@@ -68,7 +69,7 @@ FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much
 FOR_BOTH = {  # what hangs on method and target
     ("dann", "svhn"): {"steps": 1200, "adversary": 1.0},
     ("dann", "usps"): {"steps": 600, "adversary": 0.3},
-    ("dann-st", "svhn"): {"steps": 3000, "adversary": 0.0, "cutout": True, "fade": True},
+    ("dann-st", "svhn"): {"steps": 4500, "adversary": 0.0, "cutout": True, "fade": True, "students": 2},
     ("dann-st", "usps"): {"steps": 800, "adversary": 0.3},
 }
 
@@ -99,6 +100,7 @@ def build_parser() -> Parser:
     parser.add_argument("--fade", action=boolean, default=False, help="* source labels count less and less (svhn)")
     parser.add_argument("--threshold", type=weight, default=0.9, help="teacher's confidence, relative to source images")
     parser.add_argument("--align", action=boolean, default=True, help="pull the teacher's classes to equal shares")
+    parser.add_argument("--students", type=from_zero, default=0, help="* new networks, each on the labels of the last")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the extractor; the report has 64")
     parser.add_argument("--eval-every", type=positive_int, default=400, help="steps between evaluations")
     parser.set_defaults(sample_every=10**9, anneal=True)
@@ -146,6 +148,11 @@ class DigitTrainer(Trainer):
             x = soften(x, random)
         return cutout(x, random, ratio=0.4) if self.o.cutout and not as_target else x
 
+    @property
+    def age(self) -> int:
+        """Updates that the network has had."""
+        return self.step
+
     def draw(self, count: int, random: torch.Generator) -> Tensor:
         return torch.randint(count, (self.o.batch_size,), generator=random, device=self.device)
 
@@ -155,7 +162,7 @@ class DigitTrainer(Trainer):
         loss.backward()
         average_gradients(self.optimiser)
         self.optimiser.step()
-        self.ema.update(self.network, self.step)
+        self.ema.update(self.network, self.age)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
@@ -205,8 +212,25 @@ class SupervisedTrainer(DigitTrainer):
         return self.o.network, self.config, self.average.state_dict()
 
 
+class Generation(nn.Module):
+    """Which network of a run is trained: its number, the step it began at, and the labels (N,) that it begins with."""
+
+    def __init__(self, images: int, device: torch.device):
+        super().__init__()
+        self.register_buffer("number", torch.zeros((), dtype=torch.long))
+        self.register_buffer("born", torch.zeros((), dtype=torch.long))
+        self.register_buffer("labels", torch.zeros(images, dtype=torch.long, device=device))
+
+
 class AdaptationTrainer(DigitTrainer):
-    """DANN, and self-training on top of it. Of the target it is given images, and nothing else."""
+    """DANN, and self-training on top of it. Of the target it is given images, and nothing else.
+
+    With ``students`` the budget is divided equally between the adapted network and so many new ones, each of which
+    learns target images alone: first the labels that the average of the network before gives them, then, after a
+    share ``OWN`` of its steps, those of its own average (born-again networks, Furlanello et al. 2018, arXiv:1805.04770;
+    noisy student, Xie et al. 2020, arXiv:1911.04252). A new network learns what most labels have in common before it
+    learns their errors, and so loses some of them.
+    """
 
     losses = ("loss_class", "loss_domain", "loss_self", "domain_source", "domain_target", "kept")
     scores = ("validator", "source", *(f"share_{c}" for c in range(CLASSES)))
@@ -229,7 +253,22 @@ class AdaptationTrainer(DigitTrainer):
         torch.manual_seed(o.seed)
         network = Dann(o.dim).to(device, memory_format=torch.channels_last)
         self.domain = DomainClassifier().to(device)
-        super().__init__(o, network, torch.cat([self.images.cpu()[:500], target_images]), {"domain": self.domain})
+        self.generation = Generation(len(target_images), device)
+        extra = {"domain": self.domain, "generation": self.generation}
+        super().__init__(o, network, torch.cat([self.images.cpu()[:500], target_images]), extra)
+
+    @property
+    def life(self) -> float:
+        """The used share of the present network's part of the budget."""
+        return self.progress * (self.o.students + 1) - int(self.generation.number)
+
+    @property
+    def factor(self) -> float:
+        return annealed(self.life)
+
+    @property
+    def age(self) -> int:
+        return self.step - int(self.generation.born)
 
     def features(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         extractor = self.network.extractor
@@ -238,12 +277,45 @@ class AdaptationTrainer(DigitTrainer):
         return extractor(torch.cat([source, target])).tensor_split([len(source)])
 
     def update(self) -> Tensor:
+        if self.life >= 1:
+            self.begin(int(self.generation.number) + 1)
+        random = step_generator(self.device, self.o.seed, self.step)
+        return self.study(random) if self.generation.number else self.adapt(random)
+
+    def begin(self, number: int) -> None:
+        """A new network. Target images get the labels of the average before it; the best weights will be its own."""
+        generation = self.generation
+        generation.labels.copy_(self.predict(self.target_images).argmax(1))
+        torch.manual_seed(self.o.seed + number)
+        state = Dann(self.o.dim).state_dict()
+        self.network.load_state_dict(state)
+        self.average.load_state_dict(state)
+        self.optimiser.state.clear()
+        generation.number.fill_(number)
+        generation.born.fill_(self.step)
+        self.best = None
+
+    def study(self, random: torch.Generator) -> Tensor:
+        """An update of a student."""
+        rows = self.draw(len(self.target_images), random)
+        target, labels = self.target_images[rows], share(self.generation.labels[rows])
+        sure = torch.ones(len(labels), device=self.device)
+        with autocast(self.device, self.o.bf16):
+            logits = self.network.train()(share(self.augmented(target, random))).float()
+        if self.life >= OWN:
+            labels, sure = self.teach(share(target), 1.0, align=False)
+        loss = (F.cross_entropy(logits, labels, reduction="none") * sure).mean()
+        self.descend(loss)
+        nothing = torch.zeros_like(loss)
+        return torch.stack([nothing, nothing, loss, nothing, nothing, sure.mean()]).detach()
+
+    def adapt(self, random: torch.Generator) -> Tensor:
+        """An update of the network that learns from both domains."""
         o, device = self.o, self.device
-        random = step_generator(device, o.seed, self.step)
         rows = self.draw(len(self.images), random)
         source, labels = self.images[rows], self.labels[rows]
         target = self.target_images[self.draw(len(self.target_images), random)]
-        reversal = o.adversary * adaptation_factor(self.progress)
+        reversal = o.adversary * adaptation_factor(self.life)
         self.network.train()
         x_s, x_t = share(self.augmented(source, random, as_target=True)), share(self.augmented(target, random))
         with autocast(device, o.bf16):
@@ -254,32 +326,32 @@ class AdaptationTrainer(DigitTrainer):
         loss_domain = F.binary_cross_entropy_with_logits(domain, is_source)
         loss_class = F.cross_entropy(logits_s, share(labels))
         loss_self, kept = domain.new_zeros(()), domain.new_zeros(())
-        if o.self_training and self.progress >= RAMP:
-            guess, sure = self.teach(share(target), logits_s.detach().softmax(1).max(1).values.mean())
+        if o.self_training and self.life >= RAMP:
+            guess, sure = self.teach(share(target), logits_s.detach().softmax(1).max(1).values.mean(), o.align)
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()
-        weight_of_source = source_factor(self.progress) if o.fade else 1.0
+        weight_of_source = source_factor(self.life) if o.fade else 1.0
         self.descend(weight_of_source * loss_class + loss_domain + o.self_training * loss_self)
         correct = ((domain > 0) == (is_source > 0)).float()
         domain_s, domain_t = correct[: len(h_s)].mean(), correct[len(h_s) :].mean()
         return torch.stack([loss_class, loss_domain, loss_self, domain_s, domain_t, kept]).detach()
 
     @torch.no_grad()
-    def teach(self, target: Tensor, confidence_on_source: Tensor) -> tuple[Tensor, Tensor]:
+    def teach(self, target: Tensor, confidence: Tensor | float, align: bool) -> tuple[Tensor, Tensor]:
         """(guessed classes (N,), 1 where the teacher is sure enough (N,)) of target images.
 
-        The teacher is the weight average; it sees images as they are. Sure enough is ``threshold`` times the network's
-        mean confidence on source images (AdaMatch, Berthelot et al. 2022, arXiv:2106.04732). With ``align`` its classes
-        are first weighted so that they come in equal shares.
+        The teacher is the weight average; it sees images as they are. Sure is ``threshold`` times ``confidence``:
+        the network's mean on source images (AdaMatch, Berthelot et al. 2022, arXiv:2106.04732), or 1 where it sees
+        none. With ``align`` its classes are first weighted so that they come in equal shares.
         """
         teacher = self.average.train()  # statistics of the batch at hand
         with autocast(self.device, self.o.bf16):
             p = teacher(self.see(target)).float().softmax(1)
-        if self.o.align:
+        if align:
             p = p / p.mean(0).clamp(min=1e-3)
             p = p / p.sum(1, keepdim=True)
-        confidence, guess = p.max(1)
-        return guess, (confidence >= self.o.threshold * confidence_on_source).float()
+        sureness, guess = p.max(1)
+        return guess, (sureness >= self.o.threshold * confidence).float()
 
     def describe(self, means: dict[str, float]) -> str:
         text = "loss class {loss_class:.3f} domain {loss_domain:.3f} self {loss_self:.3f}, "

@@ -24,6 +24,7 @@ def number(kind: type, what: str, accepts: Callable[[float], bool]) -> Callable[
 
 positive_int = number(int, "a positive whole number", lambda x: x >= 1)
 positive_float = number(float, "a positive number", lambda x: x > 0)
+from_zero = number(int, "a whole number from 0", lambda x: x >= 0)
 several = number(int, "a whole number from 2", lambda x: x >= 2)
 several_or_none = number(int, "0 or a whole number from 2", lambda x: x == 0 or x >= 2)
 weight = number(float, "a number from 0", lambda x: x >= 0)
