@@ -9,6 +9,7 @@ import torch
 
 import p3_train
 from common.checkpoint import load_network, load_state, load_weights
+from common.run import annealed
 from datasets.augment import digit_input, geometry, neighbours, soften
 from models.dann import NETWORKS, Dann
 from tests.helpers import assert_user_error, run, smooth_images
@@ -89,7 +90,8 @@ def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
     name = "p3_dann-st_svhn_000"
     assert run(p3_train.main, "--resume", tmp_path / "b" / name).code == 0
     a, b = (load_state(tmp_path / x / name / "state.pt", CPU) for x in "ab")
-    for part in ("network", "average", "domain"):
+    assert (int(a["parts"]["generation"]["number"]), int(a["parts"]["generation"]["born"])) == (2, 4)
+    for part in ("network", "average", "domain", "generation"):
         for key, tensor in a["parts"][part].items():
             assert torch.equal(tensor, b["parts"][part][key]), (part, key)
     kept = sorted((tmp_path / "b" / name).glob("step_*.safetensors"))
@@ -112,8 +114,53 @@ def test_source_labels_fade(domains, tmp_path, monkeypatch):
 
     monkeypatch.setattr(p3_train.AdaptationTrainer, "update", recorded_update)
     monkeypatch.setattr(p3_train.DigitTrainer, "descend", recorded_descend)
-    assert train(domains, tmp_path, "--method", "dann-st", "--target", "svhn", "--steps", 5).code == 0
+    assert train(domains, tmp_path, "--method", "dann-st", "--target", "svhn", "--steps", 5, "--students", 0).code == 0
     assert descended == pytest.approx(expected)
+
+
+def students(domains, tmp_path, *options):
+    words = ("--method", "dann-st", "--target", "usps", "--students", 1, "--dim", 2, "--batch-size", 4, "--no-bf16")
+    words += ("--data", domains, "--out", tmp_path, "--device", "cpu", *options)
+    return p3_train.make_trainer(p3_train.parse_options(list(map(str, words))))
+
+
+def test_a_student_is_new_and_labelled_by_the_network_before(domains, tmp_path):
+    t = students(domains, tmp_path, "--steps", 8, "--eval-every", 4)
+    for step in range(4):
+        t.progress, t.step = step / 8, step
+        t.update()
+    assert t.factor == pytest.approx(annealed(0.75))
+    t.best, t.step, before = -2.0, 4, t.predict(t.target_images).argmax(1)
+    t.begin(1)
+    assert torch.equal(t.generation.labels, before)
+    assert t.best is None  # the best weights of a run are those of its last network
+    assert not t.optimiser.state
+    torch.manual_seed(t.o.seed + 1)
+    for name, tensor in Dann(2).state_dict().items():
+        assert torch.equal(t.network.state_dict()[name], tensor), name
+        assert torch.equal(t.average.state_dict()[name], tensor), name
+    t.progress = 0.5
+    assert (t.life, t.factor, t.age) == (0, 1, 0)
+
+
+def test_a_student_learns_the_target_alone(domains, tmp_path, monkeypatch):
+    """First the labels it began with; its own from the share OWN of its steps on. No source digit is looked at."""
+    t = students(domains, tmp_path, "--steps", 16, "--threshold", 0)
+    t.progress, t.step = 0.5, 8
+    t.images = t.labels = None  # reading them would fail
+    wanted, cross_entropy = [], p3_train.F.cross_entropy
+    monkeypatch.setattr(p3_train.F, "cross_entropy", lambda x, y, **k: wanted.append(y) or cross_entropy(x, y, **k))
+    drawn, draw = [], t.draw
+    monkeypatch.setattr(t, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    own = torch.full((4,), 7)
+    monkeypatch.setattr(t, "teach", lambda target, confidence, align: (own, torch.ones(4)))
+    for step in range(8, 16):
+        t.progress, t.step = step / 16, step
+        losses = dict(zip(t.losses, t.update().tolist(), strict=True))
+        assert losses["loss_self"] > 0
+        assert losses["loss_class"] == losses["loss_domain"] == 0
+    for step, (rows, labels) in enumerate(zip(drawn, wanted, strict=True)):
+        assert torch.equal(labels, t.generation.labels[rows] if step < 4 else own), step
 
 
 def test_mutual_information():
