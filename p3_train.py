@@ -69,7 +69,7 @@ FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much
 FOR_BOTH = {  # what hangs on method and target
     ("dann", "svhn"): {"steps": 1200, "adversary": 1.0},
     ("dann", "usps"): {"steps": 600, "adversary": 0.3},
-    ("dann-st", "svhn"): {"steps": 4500, "adversary": 0.0, "cutout": True, "fade": True, "students": 2},
+    ("dann-st", "svhn"): {"steps": 4000, "adversary": 0.0, "cutout": True, "fade": True, "students": 1},
     ("dann-st", "usps"): {"steps": 800, "adversary": 0.3},
 }
 

@@ -74,7 +74,7 @@ def test_the_upper_bound_needs_labels(unlabelled, tmp_path):
 
 
 def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
-    options = ("--method", "dann-st", "--steps", 6, "--eval-every", 3, "--threshold", 0.1, "--keep")
+    options = ("--method", "dann-st", "--steps", 6, "--eval-every", 3, "--threshold", 0.1, "--students", 2, "--keep")
     assert train(domains, tmp_path / "a", *options).code == 0
     update = p3_train.AdaptationTrainer.update
 
