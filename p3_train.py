@@ -217,9 +217,14 @@ class Generation(nn.Module):
 
     def __init__(self, images: int, device: torch.device):
         super().__init__()
-        self.register_buffer("number", torch.zeros((), dtype=torch.long))
-        self.register_buffer("born", torch.zeros((), dtype=torch.long))
+        self.number, self.born = 0, 0
         self.register_buffer("labels", torch.zeros(images, dtype=torch.long, device=device))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"number": self.number, "born": self.born}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.number, self.born = state["number"], state["born"]
 
 
 class AdaptationTrainer(DigitTrainer):
@@ -260,7 +265,7 @@ class AdaptationTrainer(DigitTrainer):
     @property
     def life(self) -> float:
         """The used share of the present network's part of the budget."""
-        return self.progress * (self.o.students + 1) - int(self.generation.number)
+        return self.progress * (self.o.students + 1) - self.generation.number
 
     @property
     def factor(self) -> float:
@@ -268,7 +273,7 @@ class AdaptationTrainer(DigitTrainer):
 
     @property
     def age(self) -> int:
-        return self.step - int(self.generation.born)
+        return self.step - self.generation.born
 
     def features(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         extractor = self.network.extractor
@@ -278,7 +283,7 @@ class AdaptationTrainer(DigitTrainer):
 
     def update(self) -> Tensor:
         if self.life >= 1:
-            self.begin(int(self.generation.number) + 1)
+            self.begin(self.generation.number + 1)
         random = step_generator(self.device, self.o.seed, self.step)
         return self.study(random) if self.generation.number else self.adapt(random)
 
@@ -291,8 +296,7 @@ class AdaptationTrainer(DigitTrainer):
         self.network.load_state_dict(state)
         self.average.load_state_dict(state)
         self.optimiser.state.clear()
-        generation.number.fill_(number)
-        generation.born.fill_(self.step)
+        generation.number, generation.born = number, self.step
         self.best = None
 
     def study(self, random: torch.Generator) -> Tensor:
