@@ -26,7 +26,7 @@ from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
 from common.options import from_zero, positive_float, positive_int, share_of_one, weight
 from common.parallel import average_gradients, share
-from common.run import add_common_options, annealed, parse_with_resume
+from common.run import add_common_options, parse_with_resume
 from common.trainer import Trainer
 from datasets.augment import cutout, digit_input, geometry, neighbours, soften
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
@@ -268,10 +268,6 @@ class AdaptationTrainer(DigitTrainer):
         return self.progress * (self.o.students + 1) - self.generation.number
 
     @property
-    def factor(self) -> float:
-        return annealed(self.life)
-
-    @property
     def age(self) -> int:
         return self.step - self.generation.born
 
@@ -341,12 +337,12 @@ class AdaptationTrainer(DigitTrainer):
         return torch.stack([loss_class, loss_domain, loss_self, domain_s, domain_t, kept]).detach()
 
     @torch.no_grad()
-    def teach(self, target: Tensor, confidence: Tensor | float, align: bool) -> tuple[Tensor, Tensor]:
+    def teach(self, target: Tensor, reference: Tensor | float, align: bool) -> tuple[Tensor, Tensor]:
         """(guessed classes (N,), 1 where the teacher is sure enough (N,)) of target images.
 
-        The teacher is the weight average; it sees images as they are. Sure is ``threshold`` times ``confidence``:
-        the network's mean on source images (AdaMatch, Berthelot et al. 2022, arXiv:2106.04732), or 1 where it sees
-        none. With ``align`` its classes are first weighted so that they come in equal shares.
+        The teacher is the weight average; it sees images as they are. Sure enough is ``threshold`` times ``reference``,
+        the network's mean confidence on source images (AdaMatch, Berthelot et al. 2022, arXiv:2106.04732), or 1 where
+        it sees none. With ``align`` its classes are first weighted so that they come in equal shares.
         """
         teacher = self.average.train()  # statistics of the batch at hand
         with autocast(self.device, self.o.bf16):
@@ -354,8 +350,8 @@ class AdaptationTrainer(DigitTrainer):
         if align:
             p = p / p.mean(0).clamp(min=1e-3)
             p = p / p.sum(1, keepdim=True)
-        sureness, guess = p.max(1)
-        return guess, (sureness >= self.o.threshold * confidence).float()
+        confidence, guess = p.max(1)
+        return guess, (confidence >= self.o.threshold * reference).float()
 
     def describe(self, means: dict[str, float]) -> str:
         text = "loss class {loss_class:.3f} domain {loss_domain:.3f} self {loss_self:.3f}, "

@@ -68,8 +68,13 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
 
     @property
+    def life(self) -> float:
+        """The used share of what the learning rate anneals over: of the budget, unless a network starts within it."""
+        return self.progress
+
+    @property
     def factor(self) -> float:
-        return annealed(self.progress) if self.o.anneal else 1.0
+        return annealed(self.life) if self.o.anneal else 1.0
 
     def update(self) -> Tensor:
         """One update of all networks; returns ``losses``, float32 on the device, without waiting for it."""

@@ -155,7 +155,7 @@ def test_a_student_learns_the_target_alone(domains, tmp_path, monkeypatch):
     drawn, draw = [], t.draw
     monkeypatch.setattr(t, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     own = torch.full((4,), 7)
-    monkeypatch.setattr(t, "teach", lambda target, confidence, align: (own, torch.ones(4)))
+    monkeypatch.setattr(t, "teach", lambda target, reference, align: (own, torch.ones(4)))
     for step in range(8, 16):
         t.progress, t.step = step / 16, step
         losses = dict(zip(t.losses, t.update().tolist(), strict=True))
