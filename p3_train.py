@@ -28,7 +28,7 @@ from common.options import from_zero, positive_float, positive_int, share_of_one
 from common.parallel import average_gradients, share
 from common.run import add_common_options, parse_with_resume
 from common.trainer import Trainer
-from datasets.augment import cutout, digit_input, geometry, neighbours, soften
+from datasets.augment import cutout, digit_input, geometry, negatives, neighbours, soften
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
 from datasets.images import describe, hold_out
 from models.dann import (
@@ -51,6 +51,7 @@ FOR_NETWORK = {
 ADAPTED = FOR_NETWORK["dann"] | {  # both adapted networks
     "network": "dann",
     "separate": True,
+    "gray": True,
     "geometry": True,
     "fit": True,
     "soften": True,
@@ -61,7 +62,7 @@ RECIPES = {
     "dann": ADAPTED | {"ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {"gray": True}}
+FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {}}
 FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
     "svhn": {"width": (0.75, 1.2), "height": (1.0, 1.5)},
     "usps": {"width": (1.0, 1.5), "height": (1.1, 1.6)},
@@ -69,7 +70,14 @@ FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much
 FOR_BOTH = {  # what hangs on method and target
     ("dann", "svhn"): {"steps": 1200, "adversary": 1.0},
     ("dann", "usps"): {"steps": 600, "adversary": 0.3},
-    ("dann-st", "svhn"): {"steps": 4000, "adversary": 0.0, "cutout": True, "fade": True, "students": 1},
+    ("dann-st", "svhn"): {
+        "steps": 4000,
+        "adversary": 0.0,
+        "cutout": True,
+        "negatives": True,
+        "fade": True,
+        "students": 1,
+    },
     ("dann-st", "usps"): {"steps": 800, "adversary": 0.3},
 }
 
@@ -93,7 +101,8 @@ def build_parser() -> Parser:
     parser.add_argument("--soften", action=boolean, default=False, help="* blur images, add noise")
     parser.add_argument("--cutout", action=boolean, default=False, help="* hide a square of target images (svhn)")
     parser.add_argument("--neighbours", action=boolean, default=False, help="* source digits get neighbours (svhn)")
-    parser.add_argument("--gray", action=boolean, default=False, help="* see all images in gray (usps)")
+    parser.add_argument("--gray", action=boolean, default=False, help="* see all images in gray")
+    parser.add_argument("--negatives", action=boolean, default=False, help="* see target images inverted, too (svhn)")
     parser.add_argument("--separate", action=boolean, default=False, help="* batch statistics for each domain")
     parser.add_argument("--adversary", type=weight, default=0.0, help="* weight of the reversed gradient")
     parser.add_argument("--self-training", type=weight, default=0.0, help="* weight of the teacher's labels")
@@ -140,6 +149,8 @@ class DigitTrainer(Trainer):
     def augmented(self, images: Tensor, random: torch.Generator, as_target: bool = False) -> Tensor:
         """What the network learns from. ``as_target`` gives digits the size and the neighbours of the target's."""
         x = self.see(images)
+        if self.o.negatives and not as_target:
+            x = negatives(x, random)
         if self.o.geometry:
             x = geometry(x, random, **(FIT[self.o.target] if as_target and self.o.fit else {}))
         if as_target and self.o.neighbours:
@@ -164,11 +175,17 @@ class DigitTrainer(Trainer):
         self.optimiser.step()
         self.ema.update(self.network, self.age)
 
+    def classes(self, images: Tensor, both: bool) -> Tensor:
+        """Class probabilities (N, 10) of uint8 images by the average; ``both``: mean over image and negative."""
+        x = self.see(images)
+        logits = self.average(torch.cat([x, -x]) if both else x).float()
+        return logits.softmax(1).view(-1, len(x), CLASSES).mean(0)
+
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """Class probabilities (N, 10) of uint8 images by the average, whose batch statistics are of such images."""
+    def predict(self, images: Tensor, both: bool = False) -> Tensor:
+        """``classes`` of any number of images, with the batch statistics of just these."""
         reestimate_batch_norm(self.average, (self.see(batch) for batch in images.split(250)))
-        return torch.cat([self.average(self.see(batch)).softmax(1) for batch in images.split(250)])
+        return torch.cat([self.classes(batch, both) for batch in images.split(250)])
 
 
 class SupervisedTrainer(DigitTrainer):
@@ -286,7 +303,7 @@ class AdaptationTrainer(DigitTrainer):
     def begin(self, number: int) -> None:
         """A new network. Target images get the labels of the average before it; the best weights will be its own."""
         generation = self.generation
-        generation.labels.copy_(self.predict(self.target_images).argmax(1))
+        generation.labels.copy_(self.predict(self.target_images, self.o.negatives).argmax(1))
         torch.manual_seed(self.o.seed + number)
         state = Dann(self.o.dim).state_dict()
         self.network.load_state_dict(state)
@@ -340,13 +357,14 @@ class AdaptationTrainer(DigitTrainer):
     def teach(self, target: Tensor, reference: Tensor | float, align: bool) -> tuple[Tensor, Tensor]:
         """(guessed classes (N,), 1 where the teacher is sure enough (N,)) of target images.
 
-        The teacher is the weight average; it sees images as they are. Sure enough is ``threshold`` times ``reference``,
-        the network's mean confidence on source images (AdaMatch, Berthelot et al. 2022, arXiv:2106.04732), or 1 where
-        it sees none. With ``align`` its classes are first weighted so that they come in equal shares.
+        The teacher is the weight average; it sees images as they are, and with ``negatives`` inverted, too. Sure enough
+        is ``threshold`` times ``reference``, the network's mean confidence on source images (AdaMatch, Berthelot et al.
+        2022, arXiv:2106.04732), or 1 where it sees none. With ``align`` its classes are first weighted so that they
+        come in equal shares.
         """
-        teacher = self.average.train()  # statistics of the batch at hand
+        self.average.train()  # statistics of the batch at hand
         with autocast(self.device, self.o.bf16):
-            p = teacher(self.see(target)).float().softmax(1)
+            p = self.classes(target, self.o.negatives)
         if align:
             p = p / p.mean(0).clamp(min=1e-3)
             p = p / p.sum(1, keepdim=True)

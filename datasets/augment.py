@@ -121,6 +121,11 @@ def neighbours(x: Tensor, generator: Generator, reach: float = 0.3) -> Tensor:
     return result
 
 
+def negatives(x: Tensor, generator: Generator) -> Tensor:
+    """Invert each image (N, C, H, W) of mean 0 with probability one half: bright digits become dark ones."""
+    return x * (1 - 2 * torch.randint(2, (len(x), 1, 1, 1), generator=generator, device=x.device))
+
+
 def soften(x: Tensor, generator: Generator, noise: float = 0.1) -> Tensor:
     """Blur each image twice by a random share of its 3x3 mean, then add Gaussian noise of deviation 0 ... ``noise``."""
     for _ in range(2):
