@@ -10,7 +10,7 @@ import torch
 import p3_train
 from common.checkpoint import load_network, load_state, load_weights
 from common.run import annealed
-from datasets.augment import digit_input, geometry, neighbours, soften
+from datasets.augment import digit_input, geometry, negatives, neighbours, soften
 from models.dann import NETWORKS, Dann
 from tests.helpers import assert_user_error, run, smooth_images
 
@@ -165,6 +165,23 @@ def test_a_student_learns_the_target_alone(domains, tmp_path, monkeypatch):
         assert torch.equal(labels, t.generation.labels[rows] if step < 4 else own), step
 
 
+def test_digits_and_their_negatives_are_labelled_alike(domains, tmp_path):
+    """With --negatives, by the teacher and by the labels a student begins with."""
+    t = students(domains, tmp_path, "--steps", 8, "--threshold", 0)
+    t.descend(sum(p.square().sum() for p in t.network.parameters()))  # an average that is not at its start
+    inverted = 255 - t.target_images
+    plain, both = t.predict(t.target_images), t.predict(t.target_images, both=True)
+    t.o.negatives = True
+    assert torch.equal(t.teach(t.target_images, 1.0, False)[0], t.teach(inverted, 1.0, False)[0])
+    t.average.eval()
+    assert not torch.allclose(plain, both)
+    assert torch.allclose(t.classes(t.target_images, True), t.classes(inverted, True), atol=1e-5)
+    mean = (t.classes(t.target_images, False) + t.classes(inverted, False)) / 2
+    assert torch.allclose(t.classes(t.target_images, True), mean, atol=1e-5)
+    t.begin(1)
+    assert torch.equal(t.generation.labels, both.argmax(1))
+
+
 def test_mutual_information():
     sure = torch.eye(10).repeat(3, 1)
     assert p3_train.mutual_information(sure) == pytest.approx(math.log(10))
@@ -211,6 +228,12 @@ def test_digit_augmentations_are_small_and_reproducible():
     foreign = crowded[:, 0, 0, 31][own[:, 0, 0, 31] == 0] % 100
     assert foreign.min() >= 4  # from the other image's near, left part
     assert foreign.max() <= 14
+
+    inverted = negatives(x, random())
+    assert torch.equal(inverted, negatives(x, random()))
+    sign = inverted[:, :, 14, 14]
+    assert torch.equal(inverted, x * sign[..., None, None])
+    assert 0.4 < (sign == -1).float().mean() < 0.6
 
     soft = soften(x, random(), noise=0)
     assert torch.allclose(soft.sum((1, 2, 3)), x.sum((1, 2, 3)), atol=1e-4)
