@@ -26,7 +26,7 @@ from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
 from common.options import from_zero, positive_float, positive_int, share_of_one, weight
 from common.parallel import average_gradients, share
-from common.run import add_common_options, parse_with_resume
+from common.run import add_common_options, given_options, parse_with_resume
 from common.trainer import Trainer
 from datasets.augment import cutout, digit_input, geometry, negatives, neighbours, soften
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
@@ -44,6 +44,7 @@ SCORED = 3000  # target training images on which the label-free validator looks
 RAMP = 0.15  # self-training starts after this share of the first network's steps
 OWN = 0.4  # a student labels for itself after this share of its steps
 BASELINES = ("source", "target")
+ADAPTING = {"fit", "neighbours", "separate", "adversary", "self_training", "fade", "threshold", "align", "students"}
 FOR_NETWORK = {
     "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
     "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
@@ -118,7 +119,12 @@ def build_parser() -> Parser:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    return parse_with_resume(build_parser(), argv, recipe)
+    o = parse_with_resume(build_parser(), argv, recipe)
+    useless = given_options(build_parser(), argv) & ADAPTING if o.method in BASELINES else ()
+    if useless:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(useless))
+        raise UserError(f"{names}: for adaptation; --method {o.method} does not adapt, leave it out")
+    return o
 
 
 def recipe(o: argparse.Namespace) -> dict[str, object]:

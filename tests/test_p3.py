@@ -68,6 +68,11 @@ def test_adaptation_is_of_one_network(domains, tmp_path):
     assert_user_error(train(domains, tmp_path, "--method", "dann", "--network", "resnet34"), "--network resnet34")
 
 
+def test_baselines_do_not_adapt(domains, tmp_path):
+    outcome = train(domains, tmp_path, "--method", "source", "--no-align", "--students", 0)
+    assert_user_error(outcome, "--align, --students", "--method source", "leave it out")
+
+
 def test_the_upper_bound_needs_labels(unlabelled, tmp_path):
     outcome = train(unlabelled, tmp_path, "--method", "target", "--target", "svhn", "--steps", 1)
     assert_user_error(outcome, unlabelled / "svhn" / "train.csv", "label")
