@@ -385,7 +385,10 @@ class AdaptationTrainer(DigitTrainer):
         source = 100 * float((self.predict(self.held_images).argmax(1) == self.held_labels).float().mean())
         p = self.predict(self.target_images[:SCORED])  # last, so that its statistics are exported
         shares = torch.bincount(p.argmax(1), minlength=CLASSES) / len(p)
-        scores = {"validator": -source / 100 - mutual_information(p) / math.log(CLASSES), "source": source}
+        validator = -mutual_information(p) / math.log(CLASSES)
+        if not self.generation.number:  # how a student reads source digits, which it never saw, says nothing
+            validator -= source / 100
+        scores = {"validator": validator, "source": source}
         return scores | {f"share_{c}": float(share) for c, share in enumerate(shares)}
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:

@@ -150,6 +150,15 @@ def test_a_student_is_new_and_labelled_by_the_network_before(domains, tmp_path):
     assert (t.life, t.factor, t.age) == (0, 1, 0)
 
 
+def test_a_students_validator_is_of_the_target_alone(domains, tmp_path):
+    t = students(domains, tmp_path, "--steps", 8)
+    for number in (0, 1):
+        t.generation.number = number
+        scores = t.evaluate()
+        information = p3_train.mutual_information(t.predict(t.target_images)) / math.log(10)
+        assert scores["validator"] == pytest.approx(-information - (0 if number else scores["source"] / 100))
+
+
 def test_a_student_learns_the_target_alone(domains, tmp_path, monkeypatch):
     """First the labels it began with; its own from the share OWN of its steps on. No source digit is looked at."""
     t = students(domains, tmp_path, "--steps", 16, "--threshold", 0)
