@@ -7,8 +7,8 @@
   python3 p3_train.py --resume runs/p3_dann-st_svhn_000
 
 --data is a folder with mnistm/, svhn/ and usps/. Adaptation receives target training images and no target label; its
-checkpoint is chosen by held-out source accuracy and the mutual information of target predictions. Validation data is
-never read. The run folder is as that of p1_train.py.
+checkpoint is chosen by held-out source accuracy and the mutual information of target predictions, a student's by the
+latter alone. Validation data is never read. The run folder is as that of p1_train.py.
 """
 
 import argparse
