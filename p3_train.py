@@ -44,7 +44,8 @@ SCORED = 3000  # target training images on which the label-free validator looks
 RAMP = 0.15  # self-training starts after this share of the first network's steps
 OWN = 0.4  # a student labels for itself after this share of its steps
 BASELINES = ("source", "target")
-ADAPTING = {"fit", "neighbours", "separate", "adversary", "self_training", "fade", "threshold", "align", "students"}
+# options that the baselines have no use for
+USELESS = {"fit", "neighbours", "separate", "adversary", "self_training", "fade", "threshold", "align", "students"}
 FOR_NETWORK = {
     "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
     "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
@@ -119,9 +120,10 @@ def build_parser() -> Parser:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    o = parse_with_resume(build_parser(), argv, recipe)
-    useless = given_options(build_parser(), argv) & ADAPTING if o.method in BASELINES else ()
-    if useless:
+    parser = build_parser()
+    o = parse_with_resume(parser, argv, recipe)
+    useless = given_options(parser, argv) & USELESS
+    if o.method in BASELINES and useless:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(useless))
         raise UserError(f"{names}: for adaptation; --method {o.method} does not adapt, leave it out")
     return o
@@ -153,7 +155,8 @@ class DigitTrainer(Trainer):
         return x.contiguous(memory_format=torch.channels_last)
 
     def augmented(self, images: Tensor, random: torch.Generator, as_target: bool = False) -> Tensor:
-        """What the network learns from. ``as_target`` gives digits the size and the neighbours of the target's."""
+        """What the network learns from. ``as_target``: source digits, given the size and neighbours of the target's; the
+        others are those that are inverted and lose a square."""
         x = self.see(images)
         if self.o.negatives and not as_target:
             x = negatives(x, random)
@@ -180,18 +183,6 @@ class DigitTrainer(Trainer):
         average_gradients(self.optimiser)
         self.optimiser.step()
         self.ema.update(self.network, self.age)
-
-    def classes(self, images: Tensor, both: bool) -> Tensor:
-        """Class probabilities (N, 10) of uint8 images by the average; ``both``: mean over image and negative."""
-        x = self.see(images)
-        logits = self.average(torch.cat([x, -x]) if both else x).float()
-        return logits.softmax(1).view(-1, len(x), CLASSES).mean(0)
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, both: bool = False) -> Tensor:
-        """``classes`` of any number of images, with the batch statistics of just these."""
-        reestimate_batch_norm(self.average, (self.see(batch) for batch in images.split(250)))
-        return torch.cat([self.classes(batch, both) for batch in images.split(250)])
 
 
 class SupervisedTrainer(DigitTrainer):
@@ -293,6 +284,18 @@ class AdaptationTrainer(DigitTrainer):
     @property
     def age(self) -> int:
         return self.step - self.generation.born
+
+    def classes(self, images: Tensor, both: bool) -> Tensor:
+        """Class probabilities (N, 10) of uint8 images by the average; ``both``: mean over image and negative."""
+        x = self.see(images)
+        logits = self.average(torch.cat([x, -x]) if both else x).float()
+        return logits.softmax(1).view(-1, len(x), CLASSES).mean(0)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, both: bool = False) -> Tensor:
+        """``classes`` of any number of images, with the batch statistics of just these."""
+        reestimate_batch_norm(self.average, (self.see(batch) for batch in images.split(250)))
+        return torch.cat([self.classes(batch, both) for batch in images.split(250)])
 
     def features(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         extractor = self.network.extractor
