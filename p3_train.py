@@ -155,8 +155,11 @@ class DigitTrainer(Trainer):
         return x.contiguous(memory_format=torch.channels_last)
 
     def augmented(self, images: Tensor, random: torch.Generator, as_target: bool = False) -> Tensor:
-        """What the network learns from. ``as_target``: source digits, given the size and neighbours of the target's; the
-        others are those that are inverted and lose a square."""
+        """What the network learns from.
+
+        ``as_target``: source digits, given the size and the neighbours of the target's. Other images are inverted at
+        random with ``negatives``, and lose a square with ``cutout``.
+        """
         x = self.see(images)
         if self.o.negatives and not as_target:
             x = negatives(x, random)
