@@ -65,7 +65,9 @@ RECIPES = {
     },
 }
 # Samples during training; their seed is none that generated digits are reported for.
-EVAL = argparse.Namespace(sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), seed=-2)
+EVAL = argparse.Namespace(
+    sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), rescale=0.0, mean=None, seed=-2
+)
 
 
 def build_parser() -> Parser:

@@ -11,6 +11,7 @@ that need none are still built, and the others say what they need.
 
 import argparse
 import hashlib
+import json
 import shlex
 import statistics
 import subprocess
@@ -51,6 +52,7 @@ METHODS = {  # (method, network): title
     ("target", "dann"): "trained on target",
     ("target", "resnet34"): "trained on target, ResNet34",
 }
+SETTING = ("--model", "--students", "--batch-size", "--steps")  # runs that differ in these are not compared
 # options of the training scripts, with a value, that are no part of a recipe
 NO_RECIPE = {"--method", "--target", "--seed", "--data", "--out", "--record"}
 NO_RECIPE |= {"--eval-every", "--eval-images", "--sample-every"}
@@ -149,7 +151,7 @@ def faces_table() -> str:
 
 def scored_digits(**key: object) -> list[dict]:
     """Rows of the shipped UNet with the default sampler."""
-    default = p2_test.FAST | {"guide": list(p2_test.FAST["guide"]), "per_digit": DIGITS, "scored": "val"}
+    default = json.loads(json.dumps(p2_test.FAST)) | {"per_digit": DIGITS, "scored": "val"}
     return rows_of(RESULTS / "digits.json", CHECKPOINTS / "p2_unet.safetensors", **default, **key)
 
 
@@ -188,12 +190,13 @@ def samplers_table() -> str:
         guided = "" if key["w"] == 0 else "all" if (low, high) == (1, 600) else f"{low} to {high}"
         count = len(key["digits"]) * key["per_digit"]
         name = f"{key['sampler']}, eta {key['eta']:g}" if key["eta"] else key["sampler"]
-        cells = [name, key["steps"], key["power"], f"{key['w']:g}", guided, count]
+        start = "mean colour" if key["mean"] else "0"
+        cells = [name, key["steps"], key["power"], f"{key['w']:g}", guided, f"{key['rescale']:g}", start, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         cost = f"{1000 * scores['seconds'] / count:.0f}"
         lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, cost, row["hardware"]])
-    header = ["sampler", "steps", "power", "w", "guided t", "images", "accuracy, %", *distances(rows[0])]
-    return table([*header, "ms an image", "on"], lines)
+    settings = ["sampler", "steps", "power", "w", "guided t", "rescale", "start", "images"]
+    return table([*settings, "accuracy, %", *distances(rows[0]), "ms an image", "on"], lines)
 
 
 def adaptation_rows(**key: object) -> list[dict]:
@@ -301,11 +304,11 @@ def digit_recipes_table() -> str:
 
 
 def split_command(command: str) -> tuple[str, str]:
-    """(its network, steps and batch size, its options of the recipe) of a command of a training script."""
-    words, recipe, change = iter(shlex.split(command)[2:]), [], []
+    """(its networks, steps and batch size, its options of the recipe) of a command of a training script."""
+    words, recipe, change = iter(shlex.split(command)[2:]), {}, []
     for word in words:
-        if word in ("--model", "--steps", "--batch-size"):
-            recipe += [word, next(words)]
+        if word in SETTING:
+            recipe[word] = next(words)
         elif word in NO_RECIPE:
             next(words)
         elif word == "--recipe":
@@ -313,7 +316,8 @@ def split_command(command: str) -> tuple[str, str]:
             change += [] if name == "ours" else [word, name]
         else:
             change.append(word)
-    return f"`{shlex.join(recipe)}`" if recipe else "", shlex.join(change)
+    setting = [word for name in SETTING if name in recipe for word in (name, recipe[name])]
+    return f"`{shlex.join(setting)}`" if setting else "", shlex.join(change)
 
 
 # Parts

@@ -98,7 +98,12 @@ def training_loss(
 
 
 def guided(
-    network: nn.Module, process: Process, y: Tensor, w: float, interval: tuple[float, float] = (0, math.inf)
+    network: nn.Module,
+    process: Process,
+    y: Tensor,
+    w: float,
+    interval: tuple[float, float] = (0, math.inf),
+    rescale: float = 0.0,
 ) -> Predict:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6) as a noise predictor:
 
@@ -106,7 +111,7 @@ def guided(
 
     w = 0 is the conditional network alone. Both branches go through the network in one batch. Outside
     ``interval`` (lowest and highest guided t) w counts as 0, which saves the second branch (Kynkäänniemi et al. 2024,
-    arXiv:2404.07724). y (N,) labels.
+    arXiv:2404.07724). With ``rescale`` the guided noise is ``rescaled``. y (N,) labels.
     """
     both = torch.cat([y, torch.full_like(y, -1)])
 
@@ -114,9 +119,25 @@ def guided(
         if w == 0 or not interval[0] <= t <= interval[1]:
             return noise(network, process, x, torch.full_like(y, t), y)
         eps_y, eps = noise(network, process, torch.cat([x, x]), torch.full_like(both, t), both).chunk(2)
-        return (1 + w) * eps_y - w * eps
+        eps_w = (1 + w) * eps_y - w * eps
+        return rescaled(process, x, t, eps_y, eps_w, rescale) if rescale else eps_w
 
     return predict
+
+
+def rescaled(process: Process, x_t: Tensor, t: int, eps_y: Tensor, eps_w: Tensor, share: float) -> Tensor:
+    """The guided noise eps_w (N, C, H, W), changed so that each channel of the image it implies gets the mean that it
+    has in the unguided image, of eps_y, and its standard deviation ``share`` (0 to 1) of the way.
+
+    Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), eq. 15 and 16,
+    there without the means: guidance raises contrast, and the more the larger w is. That guidance is to leave means
+    alone holds where the mean colour tells nothing of the class, as in MNIST-M.
+    """
+    x_y = process.to_x_0(x_t, t, eps_y)
+    x_w = (x_t - process.sigma(t) * eps_w) / process.signal(t)
+    factor = 1 - share + share * x_y.std((2, 3), keepdim=True) / x_w.std((2, 3), keepdim=True)
+    x_w = x_y.mean((2, 3), keepdim=True) + factor * (x_w - x_w.mean((2, 3), keepdim=True))
+    return process.to_eps(x_t, t, x_w)
 
 
 def timesteps(process: Process, steps: int, power: float = 1.0) -> list[int]:

@@ -227,6 +227,31 @@ def test_guidance():
     assert calls == [3, 6, 6, 3]
 
 
+def test_rescaled_guidance_keeps_mean_and_contrast():
+    """Of each channel of the image that the noise implies: the mean always, the deviation as far as asked."""
+    t, (x_t, clean, direction) = 300, (0.1 * normal(4, 3, 8, 8, seed=seed) for seed in range(3))
+    conditional = PROCESS.to_eps(x_t, t, clean)
+    unconditional = PROCESS.to_eps(x_t, t, clean - direction - 0.1)
+
+    def network(x, _t, y):
+        return torch.cat([conditional, unconditional]) if len(x) == 8 else conditional
+
+    def implied(w, rescale):
+        predict = guided(Network(network), PROCESS, torch.zeros(4, dtype=torch.long), w, rescale=rescale)
+        return PROCESS.to_x_0(x_t, t, predict(x_t, t))
+
+    def moments(x):
+        return x.mean((2, 3)), x.std((2, 3))
+
+    (mean, deviation), (_, raised) = moments(implied(0, 0)), moments(implied(2, 0))
+    for share in (0.25, 1.0):
+        ours = moments(implied(2, share))
+        assert torch.allclose(ours[0], mean, atol=1e-5)
+        assert torch.allclose(ours[1], (1 - share) * raised + share * deviation, atol=1e-5)
+    assert (moments(implied(2, 0))[0] - mean > 0.1).all()  # as they are without
+    assert (raised > 1.5 * deviation).all()
+
+
 @pytest.mark.parametrize("steps", [10, 20, 50])
 @pytest.mark.parametrize("name", ["ddim", "dpm++"])
 def test_agrees_with_diffusers(name, steps):

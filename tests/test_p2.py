@@ -254,6 +254,24 @@ def test_an_image_depends_on_digit_number_and_seed_only(weights, tmp_path, monke
     assert len(set(a.values())) == 15
 
 
+@pytest.mark.parametrize("sampler", p2_test.SAMPLERS)
+def test_starts_from_the_noise_of_a_colour(sampler, monkeypatch):
+    """x_T as of an image of that colour after T steps of noise (DDPM eq. 4)."""
+    device = torch.device("cpu")
+    process = p2_test.Process()
+    eps = torch.stack([torch.randn(3, 28, 28, generator=g) for g in p2_test.image_generators(0, 7, range(1, 3))])
+
+    def start(mean):
+        seen = {}
+        generators = p2_test.image_generators(0, 7, range(1, 3))
+        p2_test.solve(lambda x, _: x, sampler, [600, 0], generators, device, lambda *s: seen.setdefault(*s), mean=mean)
+        return seen[600]
+
+    assert torch.equal(start(None), eps)
+    colour = torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1) * process.signal(600)
+    assert torch.allclose(start((255, 127.5, 0)), colour + process.sigma(600) * eps, atol=1e-6)
+
+
 def test_ancestral_sampling_repeats_itself(weights, tmp_path, monkeypatch):
     """Its noise comes from the same generators, step by step."""
     monkeypatch.setattr("p2_test.Process", lambda: __import__("models.diffusion").diffusion.Process(T=4))
@@ -272,7 +290,7 @@ def test_settings_without_and_with_a_sampler():
 
     assert settings() == p2_test.FAST
     assert settings("--w", "1") == p2_test.FAST | {"w": 1}
-    usual = {"sampler": "dpm++", "steps": 20, "eta": 0, "w": 2, "guide": (1, 600)}
+    usual = {"sampler": "dpm++", "steps": 20, "eta": 0, "w": 2, "guide": (1, 600), "rescale": 0, "mean": None}
     assert settings("--sampler", "dpm++") == usual
     assert settings("--sampler", "ddpm") == usual | {"sampler": "ddpm", "steps": 600}
 
@@ -356,6 +374,9 @@ def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_
         (("--eta", 0.5), "--eta 0.5"),
         (("--guide", 400, 100), "--guide 400 100"),
         (("--guide", 1, 601), "--guide 1 601"),
+        (("--rescale", 1.5), "--rescale 1.5"),
+        (("--rescale", "nan"), "--rescale nan"),
+        (("--mean", 0, 0, 256), "--mean 0.0 0.0 256.0"),
         (("--sampler", "ddpm"), "--steps 2"),
         (("--digits", "3a"), "--digits 3a"),
         (("--digits", "33"), "--digits 33"),
