@@ -439,9 +439,9 @@ validation images."""
 ABLATION = """\
 Accuracy on target training images; for changes, its difference to the recipe's run of the same seed. DANN without
 `--batch-size` is the whole recipe of commit cdea116, 600 steps of 64; today's has the changes that end its list, the
-stronger adversary on SVHN and unchanged intensities on USPS, and sees SVHN in gray. The short runs (250 steps of 32)
-are older than commit 29ecad5: until then the recipes of SVHN changed intensities, too, and its DANN-ST had the
-adversary and did not fade."""
+stronger adversary on SVHN and unchanged intensities on USPS, and sees SVHN in gray. Its short runs (250 steps of 32)
+are older than commit 29ecad5: until then the recipe of SVHN changed intensities, too. DANN-ST has today's recipes in
+short runs: on SVHN the first network alone (`--students 0`)."""
 
 HEAD = """\
 # Report
