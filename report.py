@@ -171,7 +171,7 @@ def digits_table() -> str:
             for suffix in ("", "_floor")
         )
         lines.append([f"{title} of red, green, blue against validation digits, %", ours, floor])
-    near, real = rows[0]["scores"]["nearest_least"], rows[0]["scores"]["nearest_real_least"]
+    near, real = min(column(rows, "nearest_least")), rows[0]["scores"]["nearest_real_least"]
     lines.append(["gray levels to the nearest training digit, at least", f"{near:.1f}", f"{real:.1f} (validation)"])
     per_digit = [f"{statistics.mean(column(rows, f'digit_{d}')):.0f}" for d in range(10)]
     text = table([f"{10 * DIGITS:,} generated digits", "", "real training digits"], lines)
