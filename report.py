@@ -11,7 +11,6 @@ that need none are still built, and the others say what they need.
 
 import argparse
 import hashlib
-import json
 import shlex
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from common.checkpoint import history, load_network, load_weights
 from common.errors import Parser, UserError, run_main
 from common.files import atomic, make_folder, read_json, write_json
 from common.pictures import plot_curves, save_png, sheet
-from common.results import read_results, weights_id
+from common.results import read_results, stored, weights_id
 from datasets.images import find_mosaics, fingerprint
 from models import dcgan, sngan
 from models.dann import DomainClassifier, FeatureExtractor, LabelPredictor
@@ -93,7 +92,8 @@ def rows_of(path: Path, file: Path | None = None, **key: object) -> list[dict]:
     """Rows of a result file with these entries in their keys, measured with the weight file ``file`` as it is now."""
     if not path.exists() or (file and not file.exists()):
         return []
-    found = [row for row in read_results(path) if all(row["key"].get(k) == v for k, v in key.items())]
+    wanted = stored(key)
+    found = [row for row in read_results(path) if all(row["key"].get(k) == v for k, v in wanted.items())]
     if file:
         weights = weights_id(file)
         found = [row for row in found if row["weights"] == weights]
@@ -151,7 +151,7 @@ def faces_table() -> str:
 
 def scored_digits(**key: object) -> list[dict]:
     """Rows of the shipped UNet with the default sampler."""
-    default = json.loads(json.dumps(p2_test.FAST)) | {"per_digit": DIGITS, "scored": "val"}
+    default = p2_test.FAST | {"per_digit": DIGITS, "scored": "val"}
     return rows_of(RESULTS / "digits.json", CHECKPOINTS / "p2_unet.safetensors", **default, **key)
 
 

@@ -62,8 +62,14 @@ def check_record(path: Path | None, scored: bool, remedy: str = "add --evaluate"
         read_results(path)
 
 
+def stored(key: dict) -> dict:
+    """A key as a result file gives it back: tuples are lists."""
+    return json.loads(json.dumps(key))
+
+
 def record(path: Path, key: dict, scores: dict[str, float], weights: Path | None, device: torch.device) -> None:
     """Put a row into a result file: ``key`` says what was measured, ``scores`` keep 6 significant digits."""
+    key = stored(key)
     rows = [row for row in read_results(path) if row["key"] != key] if path.exists() else []
     rows.append(
         {

@@ -322,6 +322,14 @@ def test_result_rows_are_replaced_by_key_and_sorted(tmp_path):
     assert len(path.read_text().splitlines()) == 4
 
 
+def test_a_row_whose_key_has_a_tuple_is_replaced_too(tmp_path):
+    """JSON gives it back as a list."""
+    path = tmp_path / "r.json"
+    for value in (0.5, 0.7):
+        record(path, {"guide": (250, 500)}, {"fd": value}, None, CPU)
+    assert [(row["key"], row["scores"]) for row in read_results(path)] == [({"guide": [250, 500]}, {"fd": 0.7})]
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"scores": {}}]'])
 def test_foreign_result_files(tmp_path, content):
     path = tmp_path / "r.json"
