@@ -13,6 +13,7 @@ files.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -101,7 +102,6 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--rescale {o.rescale}: from 0 (guidance as it is) to 1 (contrast as without guidance)")
     if o.mean and not all(0 <= c <= 255 for c in o.mean):
         raise UserError(f"--mean {' '.join(map(str, o.mean))}: give red, green and blue, each from 0 to 255")
-    o.mean = o.mean and tuple(o.mean)
     o.guide = tuple(o.guide or (1, T))
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
@@ -120,7 +120,7 @@ def solve(
     device: torch.device,
     watch: Watch | None = None,
     eta: float = 0.0,
-    mean: tuple[float, float, float] | None = None,
+    mean: Sequence[float] | None = None,
 ) -> Tensor:
     """x_0 (N, 3, 28, 28), one for each of the CPU ``generators``, from which x_T and all later noise is drawn.
 

@@ -52,9 +52,10 @@ class Process:
         alpha_bar = self.alpha_bar_on(t.device)[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
 
-    def to_x_0(self, x_t: Tensor, t: int, eps: Tensor) -> Tensor:
-        """The image that x_t and eps imply: eq. 4 solved for x_0, clamped to [-1, 1]."""
-        return ((x_t - self.sigma(t) * eps) / self.signal(t)).clamp(-1, 1)
+    def to_x_0(self, x_t: Tensor, t: int, eps: Tensor, clamp: bool = True) -> Tensor:
+        """The image that x_t and eps imply: eq. 4 solved for x_0, with ``clamp`` limited to [-1, 1]."""
+        x_0 = (x_t - self.sigma(t) * eps) / self.signal(t)
+        return x_0.clamp(-1, 1) if clamp else x_0
 
     def to_eps(self, x_t: Tensor, t: int, x_0: Tensor) -> Tensor:
         """The noise that x_t and x_0 imply: eq. 4 solved for eps."""
@@ -134,7 +135,7 @@ def rescaled(process: Process, x_t: Tensor, t: int, eps_y: Tensor, eps_w: Tensor
     alone holds where the mean colour tells nothing of the class, as in MNIST-M.
     """
     x_y = process.to_x_0(x_t, t, eps_y)
-    x_w = (x_t - process.sigma(t) * eps_w) / process.signal(t)
+    x_w = process.to_x_0(x_t, t, eps_w, clamp=False)
     factor = 1 - share + share * x_y.std((2, 3), keepdim=True) / x_w.std((2, 3), keepdim=True)
     x_w = x_y.mean((2, 3), keepdim=True) + factor * (x_w - x_w.mean((2, 3), keepdim=True))
     return process.to_eps(x_t, t, x_w)

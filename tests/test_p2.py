@@ -255,7 +255,7 @@ def test_an_image_depends_on_digit_number_and_seed_only(weights, tmp_path, monke
 
 
 @pytest.mark.parametrize("sampler", p2_test.SAMPLERS)
-def test_starts_from_the_noise_of_a_colour(sampler, monkeypatch):
+def test_starts_from_the_noise_of_a_colour(sampler):
     """x_T as of an image of that colour after T steps of noise (DDPM eq. 4)."""
     device = torch.device("cpu")
     process = p2_test.Process()
