@@ -144,9 +144,9 @@ def solve(
     return dpm_solver_pp(predict, x_T, process, steps, watch)
 
 
-def image_generators(seed: int, digit: int, numbers: range) -> list[torch.Generator]:
+def image_generator(seed: int, digit: int, number: int) -> torch.Generator:
     """The noise of image (digit, number): a CPU generator that depends on the seed and these two alone."""
-    return [step_generator(torch.device("cpu"), seed, digit, number) for number in numbers]
+    return step_generator(torch.device("cpu"), seed, digit, number)
 
 
 @torch.inference_mode()
@@ -156,24 +156,23 @@ def generate(
     """Images 1 ... ``per_digit`` of each digit, uint8 (len(digits) * per_digit, 3, 28, 28) on the CPU, by digit.
 
     ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, eta, w, guide, rescale, mean, seed and
-    bf16. Every forward pass has exactly SLICE images of one digit.
+    bf16. Every forward pass has exactly SLICE images.
     """
+    wanted = [(digit, number) for digit in digits for number in range(1, per_digit + 1)]
     images = []
-    starts = range(1, per_digit + 1, SLICE)
     process = Process()
     steps = timesteps(process, o.steps, o.power)
-    with tqdm(total=len(digits) * per_digit, desc="generating", unit="img", leave=False, disable=not bar) as progress:
-        for digit in digits:
-            y = torch.full((SLICE,), digit, device=device)
+    with tqdm(total=len(wanted), desc="generating", unit="img", leave=False, disable=not bar) as progress:
+        for start in range(0, len(wanted), SLICE):
+            part = wanted[start : start + SLICE]
+            full = part + part[-1:] * (SLICE - len(part))
+            y = torch.tensor([digit for digit, _ in full], device=device)
             predict = guided(network, process, y, o.w, o.guide, o.rescale)
-            parts = []
-            for start in starts:
-                generators = image_generators(o.seed, digit, range(start, start + SLICE))
-                with autocast(device, o.bf16):
-                    x_0 = solve(predict, o.sampler, steps, generators, device, eta=o.eta, mean=o.mean)
-                    parts.append(to_uint8(x_0))
-                progress.update(min(SLICE, per_digit - start + 1))
-            images.append(torch.cat(parts)[:per_digit])
+            generators = [image_generator(o.seed, *image) for image in full]
+            with autocast(device, o.bf16):
+                x_0 = solve(predict, o.sampler, steps, generators, device, eta=o.eta, mean=o.mean)
+                images.append(to_uint8(x_0)[: len(part)])
+            progress.update(len(part))
     return torch.cat(images)
 
 
@@ -193,7 +192,7 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
             bar.update()
             return predict(x, t)
 
-        solve(counted, "ddpm", [], image_generators(o.seed, digit, range(1, 2)), device, watch, mean=o.mean)
+        solve(counted, "ddpm", [], [image_generator(o.seed, digit, 1)], device, watch, mean=o.mean)
     plot_images([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path, columns=len(FIGURE_T))
 
 

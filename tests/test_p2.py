@@ -259,12 +259,15 @@ def test_starts_from_the_noise_of_a_colour(sampler):
     """x_T as of an image of that colour after T steps of noise (DDPM eq. 4)."""
     device = torch.device("cpu")
     process = p2_test.Process()
-    eps = torch.stack([torch.randn(3, 28, 28, generator=g) for g in p2_test.image_generators(0, 7, range(1, 3))])
+
+    def noise():
+        return [p2_test.image_generator(0, 7, number) for number in (1, 2)]
+
+    eps = torch.stack([torch.randn(3, 28, 28, generator=g) for g in noise()])
 
     def start(mean):
         seen = {}
-        generators = p2_test.image_generators(0, 7, range(1, 3))
-        p2_test.solve(lambda x, _: x, sampler, [600, 0], generators, device, lambda *s: seen.setdefault(*s), mean=mean)
+        p2_test.solve(lambda x, _: x, sampler, [600, 0], noise(), device, lambda *s: seen.setdefault(*s), mean=mean)
         return seen[600]
 
     assert torch.equal(start(None), eps)
