@@ -42,7 +42,7 @@ FAST = {
     "w": 5.0,
     "guide": (250, 500),
     "rescale": 0.25,
-    "mean": (118.1, 119.1, 107.4),  # of MNIST-M's training digits
+    "mean": (118.1, 119.1, 107.4),  # of MNIST-M's training digits; gives way to what the card of the weights says
 }
 USUAL = {"steps": 20, "eta": 0.0, "w": 2.0, "rescale": 0.0}  # what is taken with --sampler
 UNSURE = 20  # digits in the sheet of those that the classifier is least sure of
@@ -303,7 +303,9 @@ def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, T
 def main() -> None:
     o = parse_options(sys.argv[1:])
     device, o.bf16 = device_and_format(o.device, o.bf16)
-    network, _ = load_network(o.weights, {"unet": UNet_conditional})
+    network, card = load_network(o.weights, {"unet": UNet_conditional})
+    if o.mean is FAST["mean"]:  # no other was asked for
+        o.mean = tuple(card.get("mean", o.mean))
     network = network.to(device, memory_format=torch.channels_last)
     digits = [int(d) for d in o.digits]
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)

@@ -166,6 +166,7 @@ class DiffusionTrainer(Trainer):
         self.weight = snr_weight(self.process, o.gamma, o.floor).to(device)
         parts: dict[str, Part] = {"network": self.network, "average": self.average, "optimiser": self.optimiser}
         super().__init__("p2", o, device, describe(images), parts, before)
+        self.facts["mean"] = [round(c, 1) for c in colour_statistics(images)[:3].tolist()]  # for p2_test.py --mean
         self.judge = Judge(held_out, device, o.data) if o.eval_images else None
 
     @property

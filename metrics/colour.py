@@ -8,5 +8,9 @@ COLOURS = ("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b")
 
 def colour_statistics(images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> mean of red, green, blue, then their standard deviations, in gray levels (6,)."""
-    values = images.transpose(0, 1).flatten(1).double()
-    return torch.cat([values.mean(1), values.std(1)])
+    values = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
+    shares = counts / counts.sum(1, keepdim=True)
+    mean = shares @ values
+    variance = (shares * (values - mean[:, None]) ** 2).sum(1)
+    return torch.cat([mean, variance.sqrt()])

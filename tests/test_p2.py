@@ -64,6 +64,8 @@ def test_a_run_leaves_everything_a_reader_needs(digits, tmp_path, mean_inception
     assert card["config"] == {"dim": 4, "predicts": "velocity"}
     assert card["options"]["gamma"] == 5
     UNet_conditional(**card["config"]).load_state_dict(state)
+    trained_on = load_digits(digits, "train")[:54].float()  # 6 of 60 are held out
+    assert card["mean"] == pytest.approx(trained_on.mean((0, 2, 3)).tolist(), abs=0.051)
 
 
 def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
@@ -296,6 +298,25 @@ def test_settings_without_and_with_a_sampler():
     usual = {"sampler": "dpm++", "steps": 20, "eta": 0, "w": 2, "guide": (1, 600), "rescale": 0, "mean": None}
     assert settings("--sampler", "dpm++") == usual
     assert settings("--sampler", "ddpm") == usual | {"sampler": "ddpm", "steps": 600}
+
+
+def test_the_default_sampler_starts_from_the_mean_colour_that_the_card_tells(tmp_path, monkeypatch):
+    means = []
+
+    def solve(*_, mean, **__):
+        means.append(mean)
+        return torch.zeros(10, 3, 28, 28)
+
+    monkeypatch.setattr(p2_test, "solve", solve)
+    torch.manual_seed(3)
+    state = UNet_conditional(dim=4).state_dict()
+    for name, facts in (("own", {"mean": [1.0, 2.0, 3.0]}), ("older", {})):
+        save_weights(tmp_path / f"{name}.safetensors", state, {"model": "unet", "config": {"dim": 4}} | facts)
+        for options in ((), ("--mean", 118.1, 119.1, 107.4), ("--sampler", "ddim")):
+            common = ("--weights", tmp_path / f"{name}.safetensors", "--out", tmp_path / "out", "--device", "cpu")
+            assert run(p2_test.main, *common, "--digits", 1, "--per-digit", 1, *options).code == 0
+    mnistm = (118.1, 119.1, 107.4)
+    assert means == [(1.0, 2.0, 3.0), list(mnistm), None, mnistm, list(mnistm), None]
 
 
 def test_figures(weights, tmp_path, monkeypatch):
