@@ -1,5 +1,6 @@
 """Writing files so that nothing half-written is ever left under its final name."""
 
+import fcntl
 import json
 import os
 import tempfile
@@ -37,6 +38,17 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in here with the same folder: for files that several scripts change."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_folder(path: Path) -> Path:

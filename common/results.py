@@ -13,7 +13,7 @@ import torch
 
 from common.device import hardware
 from common.errors import UserError
-from common.files import atomic, make_folder
+from common.files import alone_in, atomic, make_folder
 from common.run import command_line, git_commit
 
 
@@ -70,17 +70,16 @@ def stored(key: dict) -> dict:
 def record(path: Path, key: dict, scores: dict[str, float], weights: Path | None, device: torch.device) -> None:
     """Put a row into a result file: ``key`` says what was measured, ``scores`` keep 6 significant digits."""
     key = stored(key)
-    rows = [row for row in read_results(path) if row["key"] != key] if path.exists() else []
-    rows.append(
-        {
-            "key": key,
-            "scores": {name: float(f"{value:.6g}") for name, value in scores.items()},
-            "weights": weights_id(weights) if weights else "none",
-            "command": command_line(),
-            "commit": git_commit(),
-            "hardware": hardware(device),
-        }
-    )
-    rows.sort(key=lambda row: json.dumps(row["key"]))
-    with atomic(path) as temporary:
-        temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    new = {
+        "key": key,
+        "scores": {name: float(f"{value:.6g}") for name, value in scores.items()},
+        "weights": weights_id(weights) if weights else "none",
+        "command": command_line(),
+        "commit": git_commit(),
+        "hardware": hardware(device),
+    }
+    with alone_in(path.parent):
+        rows = [row for row in read_results(path) if row["key"] != key] if path.exists() else []
+        rows = sorted([*rows, new], key=lambda row: json.dumps(row["key"]))
+        with atomic(path) as temporary:
+            temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -328,6 +329,13 @@ def test_a_row_whose_key_has_a_tuple_is_replaced_too(tmp_path):
     for value in (0.5, 0.7):
         record(path, {"guide": (250, 500)}, {"fd": value}, None, CPU)
     assert [(row["key"], row["scores"]) for row in read_results(path)] == [({"guide": [250, 500]}, {"fd": 0.7})]
+
+
+def test_scripts_that_record_at_the_same_time_lose_no_row(tmp_path):
+    path = tmp_path / "r.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: record(path, {"seed": seed}, {"fd": 1.0}, None, CPU), range(16)))
+    assert {row["key"]["seed"] for row in read_results(path)} == set(range(16))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"scores": {}}]'])
