@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.device import pick_device, step_generator
+from common.device import autocast, pick_device, step_generator
 from common.errors import Parser, run_main
 from common.options import positive_float, positive_int
-from common.parallel import average_gradients, share
+from common.parallel import average_gradients, is_first, share
 from common.run import add_common_options, parse_with_resume
 from common.trainer import Trainer
 from datasets.augment import normalise, translation
@@ -47,9 +47,9 @@ class ClassifierTrainer(Trainer):
 
     def __init__(self, o: argparse.Namespace):
         device = pick_device(o.device)
-        o.bf16 = bool(o.bf16)
+        o.bf16 = bool(o.bf16)  # float32 unless asked for: so small a network does not profit
         (self.images, self.held_images), (self.labels, self.held_labels) = (
-            hold_out(x, 4480) for x in (load_digits(o.data, "train"), load_labels(o.data, "train"))
+            hold_out(x, 4480, o.data) for x in (load_digits(o.data, "train"), load_labels(o.data, "train"))
         )
         torch.manual_seed(o.seed)
         self.network = Classifier().to(device)
@@ -63,7 +63,9 @@ class ClassifierTrainer(Trainer):
         rows = torch.randint(len(self.images), (self.o.batch_size,), generator=random, device=self.device)
         x = share(translation(normalise(self.images[rows]), random, ratio=0.07))  # 2 pixels
         self.optimiser.param_groups[0]["lr"] = self.o.lr * self.factor
-        loss = F.cross_entropy(self.network.train()(x), share(self.labels[rows]))
+        with autocast(self.device, self.o.bf16):
+            logits = self.network.train()(x)
+        loss = F.cross_entropy(logits.float(), share(self.labels[rows]))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(self.optimiser)
@@ -84,6 +86,8 @@ def main() -> None:
     o = parse_with_resume(build_parser(), sys.argv[1:])
     trainer = ClassifierTrainer(o)
     trainer.train()
+    if not is_first():
+        return
     images, labels = load_digits(o.data, "val"), load_labels(o.data, "val")
     score = accuracy(trainer.best_network({"classifier": Classifier}), images, labels)
     print(f"{score:.2f} % of the {len(labels)} validation digits are read correctly")

@@ -2,6 +2,6 @@
 # bash hw2_1.sh OUT [options of p1_test.py]: writes 1,000 faces, 64x64 PNG, into the folder OUT.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/python.sh"
-[ $# -ge 1 ] || fail "usage: bash hw2_1.sh OUT"
+[ "${1-}" ] || fail "usage: bash hw2_1.sh OUT"
 find_python requirements.txt
 exec "$python" "$repository/p1_test.py" --out "$@"

@@ -2,6 +2,6 @@
 # bash hw2_2.sh OUT [options of p2_test.py]: writes 1,000 digits, 28x28 PNG, 0_001.png ... 9_100.png, into OUT.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/python.sh"
-[ $# -ge 1 ] || fail "usage: bash hw2_2.sh OUT"
+[ "${1-}" ] || fail "usage: bash hw2_2.sh OUT"
 find_python requirements.txt
 exec "$python" "$repository/p2_test.py" --out "$@"

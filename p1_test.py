@@ -20,8 +20,8 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import noise, pick_device
 from common.errors import Parser, UserError, run_main
-from common.files import check_file, check_writable
-from common.options import positive_int, seed
+from common.files import check_apart, check_file, check_writable
+from common.options import add_dims_option, positive_int, seed
 from common.pictures import save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
 from models.dcgan import Generator
@@ -39,12 +39,14 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write the first 32 images as a sheet, too")
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the images of this folder")
     parser.add_argument("--real", action="store_true", help="with --evaluate: score real training faces instead")
+    add_dims_option(parser)
     add_record_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     o = parser.parse_args(argv)
     check_record(o.record, bool(o.evaluate))
-    if o.real and not o.evaluate:
-        raise UserError("--real: is about scores; add --evaluate hw2_data/face")
+    for name in ("real", "dims"):
+        if getattr(o, name) and not o.evaluate:
+            raise UserError(f"--{name}: is about scores; add --evaluate hw2_data/face")
     return o
 
 
@@ -78,7 +80,7 @@ class Judge:
     Set up before anything is generated, so that missing data or Inception weights stop the script at once.
     """
 
-    def __init__(self, real: Path, device: torch.device):
+    def __init__(self, real: Path, device: torch.device, dims: int | None = None):
         from datasets.faces import load_reference
         from datasets.images import cache_file
         from metrics.detect import face_counts
@@ -86,7 +88,7 @@ class Judge:
 
         self.real, images = real, load_reference(real)
         face_counts(images[:0])  # dlib is there
-        self.inception = Inception(device)
+        self.inception = Inception(device, dims)
         self.features = self.inception.reference(images, cache_file(real, f"inception{self.inception.dims}"))
 
     def __call__(self, paths: list[Path]) -> dict[str, float]:
@@ -112,7 +114,8 @@ def main() -> None:
     generator = None if o.real else load_network(o.weights, {"sngan": Generator, "dcgan": Generator})[0].to(device)
     if o.evaluate and o.count < 2:
         raise UserError(f"--count {o.count}: a Fréchet distance needs at least 2 images")
-    judge = Judge(o.evaluate, device) if o.evaluate else None
+    check_apart(o.out, o.evaluate)
+    judge = Judge(o.evaluate, device, o.dims) if o.evaluate else None
     check_writable(o.out)
     check_file(o.sheet)
     images = generate(generator, o.count, o.seed, device) if generator else real_faces(o.evaluate, o.count)

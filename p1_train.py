@@ -30,7 +30,7 @@ from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
 from common.options import positive_float, positive_int, several, share_of_one
-from common.parallel import average_gradients, share
+from common.parallel import average_gradients, processes, rank, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
 from common.trainer import LOG_STEPS, Part, Trainer
@@ -138,6 +138,8 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
         real = random_flip(real, random)
     real = share(diff_augment(real, o.augment, random)).contiguous(memory_format=memory_format(o))
     z = share(torch.randn(o.batch_size, nets.generator.z_dim, generator=random, device=device))
+    if processes() > 1:  # each augments generated images of its own
+        random = step_generator(device, o.seed, step, rank())
     for optimiser, lr in ((nets.opt_d, o.lr_d), (nets.opt_g, o.lr_g)):
         optimiser.param_groups[0]["lr"] = lr * factor
 
@@ -204,9 +206,7 @@ class FaceTrainer(Trainer):
 
     def __init__(self, o: argparse.Namespace):
         device, o.bf16 = device_and_format(o.device, o.bf16)
-        images, held_out = hold_out(load_faces(o.data, "train"), HELD_OUT)
-        if len(images) < 2 or len(held_out) < 2:
-            raise UserError(f"{o.data}: {len(images) + len(held_out)} training images; at least 20 are needed")
+        images, held_out = hold_out(load_faces(o.data, "train"), HELD_OUT, o.data)
         data_id = describe(images)
         self.images, self.nets, self.low = images.to(device), Networks(o, device), 0
         super().__init__(f"p1_{o.model}", o, device, data_id, self.nets.parts)

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import Parser, UserError, run_main
-from common.files import check_file, check_writable
-from common.options import positive_int, seed
+from common.files import check_apart, check_file, check_writable
+from common.options import add_dims_option, positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
 from datasets.digits import CLASSES, SIZE
@@ -77,6 +77,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="the course's Classifier.pth instead of ours")
     parser.add_argument("--neighbours", type=Path, metavar="FILE", help="with --evaluate: sheet of nearest neighbours")
     parser.add_argument("--unsure", type=Path, metavar="FILE", help=f"with --evaluate: the {UNSURE} least surely read")
+    add_dims_option(parser)
     add_record_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
@@ -106,7 +107,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
     check_record(o.record, bool(o.evaluate))
-    for name in ("held_out", "classifier", "neighbours", "unsure"):
+    for name in ("held_out", "classifier", "neighbours", "unsure", "dims"):
         if getattr(o, name) and not o.evaluate:
             raise UserError(f"--{name.replace('_', '-')}: needs scores; add --evaluate hw2_data/digits/mnistm")
     return o
@@ -204,7 +205,9 @@ class Judge:
     p2_train.py holds out. The first 100 of each class in the rest of train show what perfect samples would score.
     """
 
-    def __init__(self, root: Path, classifier: Path | None, held_out: bool, device: torch.device):
+    def __init__(
+        self, root: Path, classifier: Path | None, held_out: bool, device: torch.device, dims: int | None = None
+    ):
         from datasets.digits import HELD_OUT, load_digits, load_labels
         from datasets.images import cache_file, hold_out
         from metrics.classify import load_classifier
@@ -215,13 +218,13 @@ class Judge:
         if held_out:
             self.scored, self.what = "held-out", "held-out training digits"
             (self.train, self.real), (train_labels, self.real_labels) = (
-                hold_out(x, HELD_OUT) for x in (self.train, train_labels)
+                hold_out(x, HELD_OUT, root) for x in (self.train, train_labels)
             )
         else:
             self.scored, self.what = "val", "validation digits"
             self.real, self.real_labels = first_of_each(load_digits(root, "val"), load_labels(root, "val"), 200)
         self.floor, _ = first_of_each(self.train, train_labels, 100)
-        self.inception = Inception(device, also=(64, 192))
+        self.inception = Inception(device, dims, also=(64, 192))
         name = f"inception{'_'.join(map(str, self.inception.sizes))}"
         self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_{self.scored}"))
         self.floor_features = self.inception.reference(self.floor, cache_file(root, f"{name}_train"))
@@ -309,7 +312,8 @@ def main() -> None:
     network = network.to(device, memory_format=torch.channels_last)
     digits = [int(d) for d in o.digits]
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)
-    judge = Judge(o.evaluate, o.classifier, o.held_out, device) if o.evaluate else None
+    check_apart(o.out, o.evaluate)
+    judge = Judge(o.evaluate, o.classifier, o.held_out, device, o.dims) if o.evaluate else None
 
     check_writable(o.out)
     for path in (o.grid, o.trajectory, o.neighbours, o.unsure):

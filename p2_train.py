@@ -143,10 +143,8 @@ class DiffusionTrainer(Trainer):
 
     def __init__(self, o: argparse.Namespace):
         device, o.bf16 = device_and_format(o.device, o.bf16)
-        images, held_out = hold_out(load_digits(o.data, "train"), HELD_OUT)
-        labels, _ = hold_out(load_labels(o.data, "train"), HELD_OUT)
-        if len(images) < 2 or len(held_out) < 2:
-            raise UserError(f"{o.data}: {len(images) + len(held_out)} training digits; at least 20 are needed")
+        images, held_out = hold_out(load_digits(o.data, "train"), HELD_OUT, o.data)
+        labels, _ = hold_out(load_labels(o.data, "train"), HELD_OUT, o.data)
         self.images, self.labels = images.to(device), labels.to(device)
         torch.manual_seed(o.seed)  # weights are drawn on the CPU: the same on every device
         before = None

@@ -1,6 +1,6 @@
 """Classify the digits of a target domain (problem 3), and look at what was learnt.
 
-  python3 p3_test.py --images hw2_data/digits/svhn/test --out labels.csv      # image_name,label, sorted by name
+  python3 p3_test.py --images hw2_data/digits/svhn/data --out labels.csv      # image_name,label, sorted by name
   python3 p3_test.py --images DIR --out labels.csv --evaluate truth.csv       # accuracy and confusion matrix, too
   python3 p3_test.py --images DIR --out labels.csv --evaluate truth.csv --errors errors.png   # the surest errors
   python3 p3_test.py --tsne figures --target svhn --data hw2_data/digits      # the report's two plots of a pair
@@ -57,6 +57,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if o.images and not o.out:
         parser.error("--images needs --out, the CSV file to write")
     check_record(o.record, bool(o.evaluate))
+    if o.evaluate and o.out and o.out.resolve() == o.evaluate.resolve():
+        raise UserError(f"{o.out}: holds the true labels (--evaluate); give --out another file")
     if o.errors and not o.evaluate:
         parser.error("--errors needs --evaluate, the true labels")
     if o.tsne and not o.images and not o.target:
@@ -102,7 +104,9 @@ class Reader:
     def __init__(self, weights: Path, device: torch.device):
         self.network, self.card = load_network(weights, NETWORKS)
         self.network.to(device)
-        self.device, self.options = device, self.card["options"]
+        self.device, self.options = device, self.card.get("options", {})
+        if not {"size", "standardise", "gray"} <= set(self.options):
+            raise UserError(f"{weights}: does not say how its network sees images; train it again with this version")
 
     def see(self, images: Tensor) -> Iterator[Tensor]:
         """Batches of uint8 (N, 3, 28, 28) as the network sees them, on its device."""
@@ -206,6 +210,8 @@ def main() -> None:
     truth = dict(read_labels(o.evaluate)) if o.evaluate else None
     weights = o.weights or CHECKPOINTS / f"p3_{target}.safetensors"
     reader = Reader(weights, device)
+    if o.tsne and not hasattr(reader.network, "extractor"):
+        raise UserError(f"{weights}: --tsne draws the features of the report's own network, and this is another")
     check_file(o.out)
     check_file(o.errors)
     if o.images:

@@ -197,7 +197,9 @@ class SupervisedTrainer(DigitTrainer):
     panels: ClassVar = {"loss": ("loss",), "error on held-out digits, %": ("error",)}
 
     def __init__(self, o: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device):
-        (images, held_images), (labels, held_labels) = (hold_out(x.to(device), HELD_OUT) for x in (images, labels))
+        (images, held_images), (labels, held_labels) = (
+            hold_out(x.to(device), HELD_OUT, o.data) for x in (images, labels)
+        )
         self.images, self.labels, self.held_images, self.held_labels = images, labels, held_images, held_labels
         torch.manual_seed(o.seed)
         self.config = {"dim": o.dim} if o.network == "dann" else {}
@@ -207,8 +209,9 @@ class SupervisedTrainer(DigitTrainer):
     def update(self) -> Tensor:
         random = step_generator(self.device, self.o.seed, self.step)
         rows = self.draw(len(self.images), random)
+        x = share(self.augmented(self.images[rows], random))
         with autocast(self.device, self.o.bf16):
-            logits = self.network.train()(share(self.augmented(self.images[rows], random)))
+            logits = self.network.train()(x)
         loss = F.cross_entropy(logits.float(), share(self.labels[rows]))
         self.descend(loss)
         return loss.detach()[None]
@@ -269,7 +272,7 @@ class AdaptationTrainer(DigitTrainer):
         self, o: argparse.Namespace, images: Tensor, labels: Tensor, target_images: Tensor, device: torch.device
     ):
         (self.images, self.held_images), (self.labels, self.held_labels) = (
-            hold_out(x.to(device), HELD_OUT) for x in (images, labels)
+            hold_out(x.to(device), HELD_OUT, o.data) for x in (images, labels)
         )
         self.target_images = target_images.to(device)
         torch.manual_seed(o.seed)
@@ -329,8 +332,9 @@ class AdaptationTrainer(DigitTrainer):
         rows = self.draw(len(self.target_images), random)
         target, labels = self.target_images[rows], share(self.generation.labels[rows])
         sure = torch.ones(len(labels), device=self.device)
+        x = share(self.augmented(target, random))
         with autocast(self.device, self.o.bf16):
-            logits = self.network.train()(share(self.augmented(target, random))).float()
+            logits = self.network.train()(x).float()
         if self.life >= OWN:
             labels, sure = self.teach(share(target), 1.0, align=False)
         loss = (F.cross_entropy(logits, labels, reduction="none") * sure).mean()

@@ -20,7 +20,8 @@ fail() {
 }
 
 find_python() {
-    local files=("${@/#/$repository/}") environment=$repository/.venv base=${PYTHON:-python3} file
+    local files=() environment=$repository/.venv base=${PYTHON:-python3} file
+    for file; do files+=("$repository/$file"); done
     python=$base
     if has_modules "$python" "${files[@]}"; then return; fi
 

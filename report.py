@@ -11,6 +11,7 @@ that need none are still built, and the others say what they need.
 
 import argparse
 import hashlib
+import re
 import shlex
 import statistics
 import subprocess
@@ -277,6 +278,7 @@ def ablation_table() -> str:
 
 def recipes_table(script: str, read: str, title: str) -> str:
     """What recipes and single options score after the same short training: means over training seeds, best first.
+    Nothing without rows of ``script``.
 
     ``read``, ``title``: the score beside the Fréchet distance, and its heading.
     """
@@ -285,7 +287,7 @@ def recipes_table(script: str, read: str, title: str) -> str:
         if shlex.split(row["key"]["training"])[1] == script:
             found.setdefault(split_command(row["key"]["training"]), []).append(row)
     if not found:
-        return f"Not measured yet: results/recipes.json has no rows of {script}."
+        return ""
     lines = []
     for (recipe, change), rows in found.items():
         cells = [recipe, f"`{change}`" if change else "as it is", str(len(rows))]
@@ -356,7 +358,9 @@ def build_faces(o: argparse.Namespace) -> str:
                 measure_faces(o, "--weights", weights, "--seed", seed)
     if o.measure or not rows_of(RESULTS / "faces.json", weights="real", images=FACES):
         measure_faces(o, "--real")
-    text += [faces_table(), "### Face recipes", RECIPES, face_recipes_table()]
+    text.append(faces_table())
+    if recipes := face_recipes_table():
+        text += ["### Face recipes", RECIPES, recipes]
     for name, title in GANS.items():
         generator, card = load_network(CHECKPOINTS / f"p1_{name}.safetensors", {name: dcgan.Generator})
         images = p1_test.generate(generator, 32, 0, torch.device("cpu"))
@@ -377,9 +381,21 @@ def build_digits(o: argparse.Namespace) -> str:
         arguments = ("--weights", weights, "--per-digit", DIGITS)
         measure(o, "p2_test.py", o.data and o.data / "digits" / "mnistm", RESULTS / "digits.json", *arguments)
     text = [f"{training(card)}.", digits_table()]
-    text += ["### Samplers", SAMPLERS, samplers_table(), "### Digit recipes", RECIPES, digit_recipes_table()]
-    text += curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training")
+    text += ["### Samplers", SAMPLERS, samplers_table()]
+    if recipes := digit_recipes_table():
+        text += ["### Digit recipes", RECIPES, recipes]
+    if drawn := curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training"):
+        text += ["### Training", last_run(card), *drawn]
     return "\n\n".join(text)
+
+
+def last_run(card: dict) -> str:
+    """What the curves of the UNet's training show."""
+    sampler = "{sampler} ({steps} steps, w = {w:g})".format(**vars(p2_train.EVAL))
+    return (
+        f"The last run, {card['steps']:,} steps. Its scores are of {card['options'].get('eval_images', 0)} samples of "
+        f"{sampler} against held-out training digits, and cannot be compared with the tables'."
+    )
 
 
 def draw_digits(o: argparse.Namespace) -> str:
@@ -462,13 +478,14 @@ Every table and figure of the study, made by `python3 report.py --data hw2_data`
 are those of `results/*.json`, where each row has its command, commit and hardware. Their definitions are in the
 repository's README, [The numbers](../README.md#the-numbers)."""
 
+MODULES = ("common", "datasets", "metrics", "models")
 PARTS = {
     "faces": Part(
         "Faces: DCGAN and SNGAN",
         build_faces,
         ("p1_dcgan", "p1_sngan"),
         ("faces.json", "recipes.json", "p1_dcgan_metrics.csv", "p1_sngan_metrics.csv"),
-        ("models", "metrics", "p1_test.py"),
+        ("p1_test.py", *MODULES),
         ("face",),
     ),
     "digits": Part(
@@ -476,14 +493,14 @@ PARTS = {
         build_digits,
         ("p2_unet", "digit_classifier"),
         ("digits.json", "samplers.json", "recipes.json", "p2_unet_metrics.csv"),
-        ("models", "metrics", "p2_test.py"),
+        ("p2_test.py", *MODULES),
         ("digits/mnistm",),
     ),
     "pictures": Part(
         "Digits: pictures",
         draw_digits,
         ("p2_unet", "digit_classifier"),
-        code=("models", "metrics", "p2_test.py"),
+        code=("p2_test.py", *MODULES),
         data=("digits/mnistm",),
     ),
     "adaptation": Part(
@@ -491,7 +508,7 @@ PARTS = {
         build_adaptation,
         ("p3_svhn", "p3_usps"),
         ("adaptation.json", "ablation.json", "p3_svhn_metrics.csv", "p3_usps_metrics.csv"),
-        ("models", "p3_test.py"),
+        ("p3_test.py", *MODULES),
         ("digits/mnistm", "digits/svhn", "digits/usps"),
     ),
     "observations": Part("Observations and limits", observations, results=("observations.md",)),
@@ -540,10 +557,19 @@ def part_key(part: Part, o: argparse.Namespace) -> str:
     return digest.hexdigest()
 
 
-def write(o: argparse.Namespace, texts: dict[str, str]) -> None:
-    """All parts that have been built, in order, into README.md."""
+def read_parts(path: Path) -> dict[str, str]:
+    """The texts of the parts that a README.md has."""
+    if not path.exists():
+        return {}
+    _, *chapters = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    texts = dict(zip(chapters[::2], chapters[1::2], strict=True))
+    return {name: texts[part.title].strip() for name, part in PARTS.items() if part.title in texts}
+
+
+def write_parts(path: Path, texts: dict[str, str]) -> None:
+    """All parts that there are, in order, into README.md."""
     chapters = [f"## {part.title}\n\n{texts[name]}" for name, part in PARTS.items() if name in texts]
-    with atomic(o.out / "README.md") as temporary:
+    with atomic(path) as temporary:
         temporary.write_text("\n\n".join([HEAD, *chapters]) + "\n", encoding="utf-8")
 
 
@@ -558,19 +584,24 @@ def build_parser() -> Parser:
 
 def main() -> None:
     o = build_parser().parse_args(sys.argv[1:])
-    make_folder(o.out)
-    state = o.out / ".parts.json"
-    known = read_json(state) or {}
-    for name, part in PARTS.items():
-        chosen = not o.only or name in o.only
-        if not chosen or (not o.measure and known.get(name, {}).get("key") == part_key(part, o)):
+    path, state = make_folder(o.out) / "README.md", o.out / ".parts.json"
+    texts, known = read_parts(path), read_json(state) or {}
+
+    def up_to_date(name: str) -> bool:
+        if o.measure or name not in texts or known.get(name) != [part_key(PARTS[name], o), texts[name]]:
+            return False
+        return all((o.out / picture).is_file() for picture in re.findall(r"\]\(([^)]+\.png)\)", texts[name]))
+
+    for name in o.only or PARTS:
+        part = PARTS[name]
+        if up_to_date(name):
             continue
         print(f"{name}:", flush=True)
-        text = part.build(o)
-        known[name] = {"key": part_key(part, o), "text": text}  # measured rows are part of the key
+        texts[name] = part.build(o).strip()
+        known[name] = [part_key(part, o), texts[name]]  # measured rows are part of the key
+        write_parts(path, texts)
         write_json(state, known)
-        write(o, {name: entry["text"] for name, entry in known.items()})
-    print(f"{o.out / 'README.md'}: up to date")
+    print(f"{path}: up to date")
 
 
 if __name__ == "__main__":

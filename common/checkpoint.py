@@ -39,19 +39,25 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def write_checksum(path: Path, digest: str) -> None:
+def write_checksum(path: Path, digest: str | None) -> None:
+    """Set the line of a file, or remove it."""
     sums = read_checksums(path.parent) | {path.name: digest}
     with atomic(path.parent / CHECKSUMS) as temporary:
-        temporary.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
+        temporary.write_text(
+            "".join(f"{sums[name]}  {name}\n" for name in sorted(sums) if sums[name]), encoding="utf-8"
+        )
 
 
 def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
     """Write a state dict as float16 (integer tensors as they are) with its card, and its checksum beside it."""
     tensors = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in state.items()}
     data = save_tensors(tensors, metadata={"card": json.dumps(card)})
+    path = Path(path)
+    if path.name in read_checksums(path.parent):
+        write_checksum(path, None)  # so that a stop in between leaves weights without a checksum, not with a wrong one
     with atomic(path) as temporary:
         temporary.write_bytes(data)
-    write_checksum(Path(path), hashlib.sha256(data).hexdigest())
+    write_checksum(path, hashlib.sha256(data).hexdigest())
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -96,8 +102,13 @@ def history(card: dict) -> list[dict]:
 
 def save_state(path: Path, state: dict) -> None:
     """Write a training state (tensors, numbers, strings, nested) in one rename."""
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
+    with atomic(path) as temporary, temporary.open("wb") as f:  # given a path, torch raises no OSError at all
+        try:
+            torch.save(state, f)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, as torch's zip writer hides it
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: Path, device: torch.device) -> dict:

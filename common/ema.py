@@ -28,7 +28,8 @@ class EMA:
 
     The decay of step s is min(decay, (1 + s) / (10 + s)), so early averages forget the initial weights.
     Buffers (batch-norm statistics) do not follow: averaged weights have statistics of their own, which
-    ``reestimate_batch_norm`` measures. With decay 0 the copy is the source, buffers included.
+    ``reestimate_batch_norm`` measures, or get those of the source by ``copy_buffers``. With decay 0 the weights are the
+    source's.
     """
 
     def __init__(self, source: nn.Module, decay: float):

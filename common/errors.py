@@ -47,6 +47,10 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(f"{name}: error: {describe_os_error(error)}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit(f"{name}: error: not enough memory; lower --batch-size, or choose another --device")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -82,6 +82,12 @@ def check_file(path: Path | None) -> None:
         check_writable(path.parent)
 
 
+def check_apart(out: Path, real: Path | None) -> None:
+    """Raises UserError when ``out`` is the folder ``real`` or in it: no generated image must get among real ones."""
+    if real and Path(out).resolve().is_relative_to(Path(real).resolve()):
+        raise UserError(f"{out}: lies in {real}, the real images to compare with; choose another output folder")
+
+
 def check_writable(folder: Path) -> None:
     """Raises OSError when nothing can be written to ``folder``, or where it would be made, UserError when a file is in
     the way. For use before long work."""

@@ -3,8 +3,9 @@
   torchrun --standalone --nproc-per-node 4 p2_train.py --data hw2_data/digits/mnistm
 
 All processes hold the same weights and draw the same random numbers. Each computes its share of every batch, their
-gradients are averaged, and all make the same update. So the result is that of one process, but for rounding, and for
-batch normalisation, whose statistics are those of a share. The first process alone reports, scores and saves.
+gradients are averaged, and all make the same update. So the result is that of one process, but for rounding, for
+batch normalisation, whose statistics are those of a share, and for DiffAugment, which every process draws for its own
+generated images. The first process alone reports, scores and saves.
 Started without torchrun, the functions here do nothing.
 """
 

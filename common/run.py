@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic, make_folder, write_json
+from common.files import alone_in, atomic, make_folder, write_json
 from common.options import positive_float, positive_int, seed, several_or_none
 
 BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
@@ -112,7 +112,7 @@ def git_commit() -> str:
 
 
 class Run:
-    """One run folder. ``Run.start`` makes a new numbered one or opens the one to resume."""
+    """One run folder. ``Run.start`` makes a new numbered one."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -121,21 +121,23 @@ class Run:
 
     @classmethod
     def start(cls, name: str, options: argparse.Namespace, before: list[dict] | None = None) -> "Run":
-        """``before`` tells of the runs whose weights this one starts from."""
-        this = {"command": command_line(), "commit": git_commit()}
-        if options.resume:
-            run = cls(options.resume)
-            record = run.record
-            record["options"] |= {k: getattr(options, k) for k in BUDGET if hasattr(options, k)}
-            record["resumed"] = [*record.get("resumed", []), this]
-        else:
-            out = make_folder(options.out)
-            number = 1 + max((int(p.name[-3:]) for p in out.glob(f"{name}_[0-9][0-9][0-9]")), default=-1)
+        """Make the next numbered folder. ``before`` tells of the runs whose weights this one starts from."""
+        out = make_folder(options.out)
+        with alone_in(out):
+            numbers = [p.name.removeprefix(f"{name}_") for p in out.glob(f"{name}_*")]
+            number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
             run = cls(out / f"{name}_{number:03d}")
             make_folder(run.folder / "samples")
-            record = this | {"options": to_json(options)} | ({"before": before} if before else {})
-        write_json(run.folder / "options.json", record)
+        record = {"command": command_line(), "commit": git_commit(), "options": to_json(options)}
+        write_json(run.folder / "options.json", record | ({"before": before} if before else {}))
         return run
+
+    def resumed(self, options: argparse.Namespace) -> None:
+        """Note the command that resumes this run, and its budget."""
+        record = self.record
+        record["options"] |= {k: getattr(options, k) for k in BUDGET if hasattr(options, k)}
+        this = {"command": command_line(), "commit": git_commit()}
+        write_json(self.folder / "options.json", record | {"resumed": [*record.get("resumed", []), this]})
 
     @property
     def record(self) -> dict:

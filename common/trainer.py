@@ -60,11 +60,13 @@ class Trainer:
         self.facts: dict = {}  # what else the card of the weights has to say
         self.step, self.scored, self.progress, self.best, elapsed = 0, -1, 0.0, None, 0.0
         join(o.batch_size)
-        self.run = Run.start(name, o, before) if is_first() else Run(o.resume or o.out)  # the others write nothing
-        if o.resume:
-            elapsed = self.restore()
-        self.budget = Budget(o.steps, o.max_minutes, elapsed)
         self.sums, self.since = torch.zeros(len(self.losses), device=device), 0
+        if o.resume:
+            self.run = Run(o.resume)
+            elapsed = self.restore()
+        else:
+            self.run = Run.start(name, o, before) if is_first() else Run(o.out)  # the others write nothing
+        self.budget = Budget(o.steps, o.max_minutes, elapsed)
         self.clock = self.last_save = time.monotonic()
         torch.backends.cudnn.benchmark = True
 
@@ -107,12 +109,17 @@ class Trainer:
             raise UserError(
                 f"{self.o.data}: not the data that {self.run.folder} was started with; give the same --data"
             )
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        self.step, self.scored, self.best = state["step"], state["scored"], state["best"]
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.step, self.scored, self.best, elapsed = (state[k] for k in ("step", "scored", "best", "elapsed"))
+            self.sums, self.since = state["sums"], state["since"]
+        except (KeyError, ValueError, RuntimeError):
+            raise UserError(f"{self.run.state_path}: of another version of the code; start a new run") from None
         if is_first():
+            self.run.resumed(self.o)
             self.run.forget_after(self.step)
-        return state["elapsed"]
+        return elapsed
 
     def check(self) -> None:
         """Raises UserError when a loss since the last row of metrics.csv was infinite or no number."""
@@ -126,7 +133,8 @@ class Trainer:
         self.check()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         position = {"step": self.step, "scored": self.scored, "best": self.best, "elapsed": self.budget.elapsed}
-        save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position})
+        means = {"sums": self.sums, "since": self.since}
+        save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position, **means})
         self.last_save = time.monotonic()
 
     def export(self, name: str, scores: dict) -> None:

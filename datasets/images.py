@@ -160,12 +160,14 @@ def describe(images: Tensor) -> str:
     return f"{len(images)} training images, CRC-32 of a sample {checksum(images[:: max(1, len(images) // 500)])}"
 
 
-def hold_out(rows: Tensor, at_most: int) -> tuple[Tensor, Tensor]:
+def hold_out(rows: Tensor, at_most: int, data: Path) -> tuple[Tensor, Tensor]:
     """(rows to train on, rows held out for choosing a checkpoint).
 
     Held out is the end of the training split, a tenth of it and ``at_most`` rows, so validation data plays no part
-    in training or in selection.
+    in training or in selection. Raises UserError, naming ``data``, when there are fewer than 20 rows.
     """
+    if len(rows) < 20:
+        raise UserError(f"{data}: {len(rows)} training images; at least 20 are needed")
     count = min(at_most, len(rows) // 10)
     return rows[: len(rows) - count], rows[len(rows) - count :]
 

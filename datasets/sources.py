@@ -46,7 +46,10 @@ class Source:
             self.sizes = {name: p.stat().st_size for name, p in self.files.items()}
             self.read_file: Callable = Path.read_bytes
         elif zipfile.is_zipfile(path):
-            archive = zipfile.ZipFile(path)
+            try:
+                archive = zipfile.ZipFile(path)
+            except DAMAGED as error:
+                raise self.damaged(path.name, error) from None
             self.files = {Path(m.filename).name: m for m in archive.infolist() if not m.is_dir()}
             self.sizes = {name: m.file_size for name, m in self.files.items()}
             self.read_file = archive.read
@@ -125,7 +128,7 @@ def download(name: str, folder: Path, bsds_sha256: str = "") -> Path:
             datasets.CelebA(folder, download=True)
         elif not (folder / "BSR_bsds500.tgz").is_file():
             torch.hub.download_url_to_file(BSDS_URL, str(folder / "BSR_bsds500.tgz"), bsds_sha256 or None)
-    except (OSError, RuntimeError, ImportError, ValueError) as error:
+    except Exception as error:  # gdown, which torchvision uses for CelebA, has exceptions of its own
         raise UserError(
             f"{name}: could not be downloaded ({first_line(error)}); give a local copy with --{name} PATH"
         ) from None

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import options
+from common import checkpoint, options
 from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
 from common.device import noise, pick_device, step_generator
 from common.ema import EMA
@@ -23,7 +24,7 @@ from common.files import atomic, check_file, check_writable
 from common.pictures import save_images, sheet, to_uint8
 from common.results import check_record, read_results, record
 from common.run import Budget, Run, annealed, given_options, resume_options
-from tests.helpers import ROOT
+from tests.helpers import ROOT, assert_user_error, run
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,48 @@ def test_state_round_trip_and_damage(tmp_path):
         load_state(path, CPU)
     with pytest.raises(UserError, match="no training state"):
         load_state(tmp_path / "none.pt", CPU)
+
+
+@pytest.fixture
+def small_files():
+    """Files cannot grow beyond 1,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_state_that_does_not_fit_is_a_user_error(tmp_path, small_files):
+    def main():
+        save_state(tmp_path / "state.pt", {"a": torch.ones(10_000)})
+
+    assert_user_error(run(main), "check this path, or choose another place")
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_little_memory_is_a_user_error():
+    def main(*sizes):
+        torch.empty(10**16)
+
+    assert_user_error(run(main), "not enough memory; lower --batch-size")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run(lambda: torch.ones(2) + torch.ones(3))
+
+
+def test_weights_whose_writing_was_stopped_can_be_read(tmp_path, monkeypatch):
+    """Between the weights and their checksum."""
+    save_small(tmp_path / "w.safetensors")
+    write = checkpoint.write_checksum
+
+    def stopped(path, digest):
+        if digest:
+            raise KeyboardInterrupt
+        write(path, digest)
+
+    monkeypatch.setattr(checkpoint, "write_checksum", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(tmp_path / "w.safetensors", nn.Linear(1, 1).state_dict(), {"model": "other"})
+    assert load_weights(tmp_path / "w.safetensors")[1] == {"model": "other"}
 
 
 def test_noise_of_a_sample_depends_on_seed_and_index_only():
@@ -206,7 +249,8 @@ def test_run_folders_are_numbered_and_rows_after_a_step_are_dropped(tmp_path, mo
     assert [r.folder.name for r in runs] == ["p1_000", "p1_001"]
     assert runs[1].record["command"] == "python3 p1_train.py --lr 1"
     monkeypatch.setattr(sys, "argv", ["p1_train.py", "--resume", "x", "--max-minutes", "9"])
-    record = Run.start("p1", argparse.Namespace(out=tmp_path, resume=runs[1].folder, max_minutes=9.0)).record
+    runs[1].resumed(argparse.Namespace(max_minutes=9.0))
+    record = runs[1].record
     assert record["command"] == "python3 p1_train.py --lr 1"
     assert record["resumed"][0]["command"] == "python3 p1_train.py --resume x --max-minutes 9"
     assert record["options"]["max_minutes"] == 9
@@ -214,6 +258,14 @@ def test_run_folders_are_numbered_and_rows_after_a_step_are_dropped(tmp_path, mo
         runs[0].log({"step": step, "loss": step / 7})
     runs[0].forget_after(20)
     assert runs[0].metrics_path.read_text().split() == ["step,loss", "10,1.4286", "20,2.8571"]
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
+    o = argparse.Namespace(out=tmp_path, resume=None)
+    (tmp_path / "p1_0998").mkdir()
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: Run.start("p1", o).folder.name, range(8)))
+    assert sorted(folders) == sorted(f"p1_{number}" for number in range(999, 1007))
 
 
 def test_pixels_are_rounded_and_clamped():

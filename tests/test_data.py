@@ -2,6 +2,7 @@
 
 import csv
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,10 +135,10 @@ def test_reference_is_a_folder_or_the_validation_split(faces):
 
 def test_held_out_is_the_end_of_train():
     images = torch.arange(50)
-    kept, held_out = hold_out(images, HELD_OUT)
+    kept, held_out = hold_out(images, HELD_OUT, Path())
     assert kept.tolist() + held_out.tolist() == list(range(50))
     assert len(held_out) == 5
-    assert len(hold_out(torch.arange(38_464), HELD_OUT)[1]) == 2025
+    assert len(hold_out(torch.arange(38_464), HELD_OUT, Path())[1]) == 2025
 
 
 # Digits

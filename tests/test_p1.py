@@ -13,11 +13,11 @@ from torch import nn
 
 import p1_test
 import p1_train
-from common.checkpoint import load_state, load_weights, save_weights
+from common.checkpoint import load_state, load_weights, save_state, save_weights
 from common.ema import reestimate_batch_norm
 from common.results import read_results, weights_id
 from models import dcgan, sngan
-from tests.helpers import assert_user_error, run
+from tests.helpers import MeanInception, assert_user_error, run
 
 TINY = ("--dim", 2, "--batch-size", 8, "--eval-images", 6, "--device", "cpu")
 CPU = torch.device("cpu")
@@ -114,6 +114,11 @@ def test_training_writes_a_complete_run(faces, tmp_path, mean_inception):
     assert row["weights"] == weights_id(run_folder / "last.safetensors")
 
 
+def losses(folder) -> list[tuple[str, ...]]:
+    rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+    return [tuple(row[name] for name in ("step", *p1_train.FaceTrainer.losses)) for row in rows]
+
+
 @pytest.mark.parametrize("model", ["sngan", "dcgan"])
 def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model):
     """Uninterrupted, against stopped by Ctrl-C after step 2 and killed in step 5 (last save: step 4)."""
@@ -149,6 +154,7 @@ def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model
             assert torch.equal(tensor, b["parts"][part][key]), (part, key)
     for x in (a, b):
         assert x["best"] == a["best"]
+    assert losses(tmp_path / "a" / name) == losses(tmp_path / "b" / name)
 
 
 def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_inception):
@@ -160,7 +166,13 @@ def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_incep
     (other / "train").mkdir(parents=True)
     for i, path in enumerate(sorted((faces / "train").iterdir())[1:]):
         (other / "train" / f"{i}.png").write_bytes(path.read_bytes())
-    assert_user_error(run(p1_train.main, "--resume", folder, "--data", other), other, "--data")
+    before = (folder / "options.json").read_text()
+    assert_user_error(run(p1_train.main, "--resume", folder, "--data", other, "--steps", 9), other, "--data")
+    assert (folder / "options.json").read_text() == before
+    state = load_state(folder / "state.pt", CPU)
+    del state["parts"]["opt_d"]
+    save_state(folder / "state.pt", state)
+    assert_user_error(run(p1_train.main, "--resume", folder), folder / "state.pt", "another version")
     assert_user_error(run(p1_train.main, "--resume", tmp_path), tmp_path / "options.json")
 
 
@@ -190,6 +202,27 @@ def test_training_goes_on_without_inception_weights(faces, tmp_path, no_inceptio
     assert "no Fréchet distance" in capsys.readouterr().out
     _, card = load_weights(tmp_path / "p1_sngan_000" / "best.safetensors")
     assert set(card["held_out_scores"]) == {"faces"}
+
+
+def test_processes_augment_generated_images_differently(monkeypatch):
+    """And real images, which they share, alike."""
+    monkeypatch.setattr(p1_train, "processes", lambda: 2)
+    monkeypatch.setattr(p1_train, "average_gradients", lambda _: None)
+    drawn = []
+
+    def augment(x, policy, random):
+        drawn.append(torch.rand(3, generator=random).tolist())
+        return x
+
+    monkeypatch.setattr(p1_train, "diff_augment", augment)
+    o = p1_train.parse_options(["--dim", "2", "--batch-size", "4", "--no-bf16"])
+    images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
+    for rank in (0, 1):
+        monkeypatch.setattr(p1_train, "rank", lambda rank=rank: rank)
+        p1_train.train_step(p1_train.Networks(o, CPU), images, 0, 1.0, o)
+    (real_0, fake_0), (real_1, fake_1) = drawn[:2], drawn[2:]
+    assert real_0 == real_1
+    assert fake_0 != fake_1
 
 
 def test_recipes():
@@ -280,6 +313,29 @@ def test_scores_come_from_the_files(weights, faces, tmp_path, mean_inception, mo
     out = capsys.readouterr().out
     assert f"FD-48 0.0000: 12 images against 12 of {faces / 'val'}" in out or "FD-48 -0.0000" in out
     assert "faces 0.0 %" in out
+
+
+def test_the_size_of_the_features_can_be_given(weights, faces, tmp_path, monkeypatch):
+    """So that FD-768 can be had where FID can."""
+    asked = []
+
+    class Watched(MeanInception):
+        def __init__(self, device, dims=None, also=()):
+            asked.append(dims)
+
+    monkeypatch.setattr("metrics.frechet.Inception", Watched)
+    options = ("--weights", weights, "--out", tmp_path, "--count", 2)
+    for more in ((), ("--dims", 768)):
+        assert run(p1_test.main, *options, "--evaluate", faces, *more).code == 0
+    assert asked == [None, 768]
+    assert_user_error(run(p1_test.main, *options, "--dims", 768), "--dims", "--evaluate")
+
+
+def test_no_face_is_written_among_real_ones(weights, faces, tmp_path):
+    for out in (faces, faces / "val"):
+        outcome = run(p1_test.main, "--weights", weights, "--out", out, "--count", 2, "--evaluate", faces)
+        assert_user_error(outcome, out, "choose another output folder")
+    assert not list(faces.rglob("0001.png"))
 
 
 def test_wrong_weights(weights, tmp_path):

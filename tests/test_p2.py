@@ -179,6 +179,10 @@ def test_classifier_learns_and_is_exported(digits, tmp_path, capsys):
     assert "of the 20 validation digits are read correctly" in capsys.readouterr().out
     network = load_classifier(tmp_path / "classifier_000" / "best.safetensors")
     assert network(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
+    assert run(classifier_train.main, *options, "--bf16").code == 0
+    a, b = (load_weights(tmp_path / f"classifier_00{i}" / "last.safetensors")[0]["conv1.weight"] for i in (0, 1))
+    assert not torch.equal(a, b)
+    assert torch.allclose(a, b, atol=0.05)
 
 
 def test_the_courses_classifier_can_be_given(tmp_path):
@@ -374,6 +378,12 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
     assert unsure.is_file()
 
 
+def test_no_digit_is_written_among_real_ones(weights, digits, mean_inception):
+    outcome = generate(weights, digits / "data", "--per-digit", 1, "--evaluate", digits)
+    assert_user_error(outcome, digits / "data", "choose another output folder")
+    assert not list(digits.rglob("0_001.png"))
+
+
 def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_path, mean_inception, capsys):
     root = tmp_path / "train_only"
     shutil.copytree(digits, root)
@@ -407,6 +417,7 @@ def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_
         (("--neighbours", "x.png"), "--neighbours"),
         (("--unsure", "x.png"), "--unsure"),
         (("--held-out",), "--held-out"),
+        (("--dims", 768), "--dims"),
         (("--record", "x.json"), "--record"),
     ],
 )

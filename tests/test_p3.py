@@ -12,7 +12,7 @@ from common.checkpoint import load_network, load_state, load_weights
 from common.run import annealed
 from datasets.augment import digit_input, geometry, negatives, neighbours, soften
 from models.dann import NETWORKS, Dann
-from tests.helpers import assert_user_error, run, smooth_images
+from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
 CPU = torch.device("cpu")
 
@@ -76,6 +76,27 @@ def test_baselines_do_not_adapt(domains, tmp_path):
 def test_the_upper_bound_needs_labels(unlabelled, tmp_path):
     outcome = train(unlabelled, tmp_path, "--method", "target", "--target", "svhn", "--steps", 1)
     assert_user_error(outcome, unlabelled / "svhn" / "train.csv", "label")
+
+
+@pytest.mark.parametrize("method", ["source", "dann", "dann-st"])
+def test_images_are_augmented_in_full_precision(domains, tmp_path, monkeypatch, method):
+    seen = []
+
+    def geometry(x, *_, **__):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return x
+
+    monkeypatch.setattr(p3_train, "geometry", geometry)
+    options = {"source": ("--geometry",), "dann": (), "dann-st": ("--students", 1)}[method]
+    assert train(domains, tmp_path, "--method", method, "--steps", 2, "--bf16", *options).code == 0
+    assert seen and not any(seen)
+
+
+def test_too_few_images(domains, tmp_path):
+    for name in ("mnistm", "svhn"):
+        paths = write_pngs(tmp_path / name / "data", smooth_images(19, 28))
+        write_index(tmp_path / name / "train.csv", [(path.name, 1) for path in paths])
+    assert_user_error(train(tmp_path, tmp_path / "runs"), "19 training images; at least 20 are needed")
 
 
 def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 import p3_test
 from common.checkpoint import save_weights
 from common.results import read_results
-from models.dann import Dann
+from models.dann import NETWORKS, Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
 OPTIONS = {"size": 32, "standardise": True, "gray": False, "separate": True}
@@ -157,6 +157,13 @@ def test_plots(tmp_path, capsys):
             assert image.size[0] > 500
 
 
+def test_plots_are_of_the_reports_own_network(tmp_path):
+    path = tmp_path / "resnet.safetensors"
+    save_weights(path, NETWORKS["resnet34"]().state_dict(), CARD | {"model": "resnet34", "config": {}})
+    options = ("--tsne", tmp_path, "--target", "usps", "--weights", path, "--device", "cpu")
+    assert_user_error(run(p3_test.main, *options), path, "--tsne")
+
+
 def test_domain_distance():
     random = torch.Generator().manual_seed(0)
     x, y = (torch.randn(600, 4, generator=random) for _ in range(2))
@@ -174,6 +181,13 @@ def test_wrong_input(tmp_path, weights):
     assert_user_error(classify(tmp_path / "svhn", weights / "SHA256SUMS" / "o.csv"), "SHA256SUMS")
     if Path("/proc/self").is_dir():
         assert_user_error(classify(tmp_path / "svhn", "/proc/self/o.csv"), "/proc/self:", "choose another")
+    truth = tmp_path / "truth.csv"
+    write_index(truth, [("00000.png", 1)])
+    assert_user_error(classify(tmp_path / "svhn", truth, "--evaluate", truth), truth, "another file")
+    assert truth.read_text().splitlines()[1] == "00000.png,1"
+    save_weights(tmp_path / "old.safetensors", Dann(dim=2).state_dict(), CARD | {"options": {"size": 32}})
+    old = classify(tmp_path / "svhn", out, "--weights", tmp_path / "old.safetensors")
+    assert_user_error(old, tmp_path / "old.safetensors", "train it again")
     path = weights / "p3_svhn.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert_user_error(classify(tmp_path / "svhn", out), path, "damaged")

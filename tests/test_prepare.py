@@ -91,6 +91,15 @@ def files(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_a_zip_with_a_damaged_directory(published, tmp_path):
+    path = tmp_path / "damaged.zip"
+    whole = (published / "celeba" / "img_align_celeba.zip").read_bytes()
+    path.write_bytes(whole.replace(b"PK\1\2", b"PK\0\0", 1))  # where the first file is described
+    assert_user_error(
+        run(prepare.main, tmp_path / "dest", "--only", "face", "--celeba", path), path, "download it again"
+    )
+
+
 def test_everything_in_the_layout_of_the_course(published, tmp_path, capsys):
     assert build(published, tmp_path).code == 0
     for name in ("mnistm", "svhn", "usps"):

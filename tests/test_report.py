@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,9 +94,16 @@ def study(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the report asks other scripts to do; nothing is done."""
+    """What the report asks other scripts to do; nothing is done, but for empty pictures."""
     calls = []
-    monkeypatch.setattr(report, "call", lambda *words: calls.append([str(word) for word in words]))
+
+    def call(*words):
+        calls.append([str(word) for word in words])
+        for word in calls[-1]:
+            if word.endswith(".png"):
+                Path(word).touch()
+
+    monkeypatch.setattr(report, "call", call)
     return calls
 
 
@@ -171,6 +179,28 @@ def test_parts_that_are_up_to_date_are_kept(study, calls, monkeypatch):
     assert (study / "report" / "README.md").read_text() == before.replace("It was observed.", "Otherwise.")
     assert build(study, "--only", "networks", "--measure").code == 0
     assert built == ["observations", "networks"]
+
+
+def test_one_part_leaves_the_others_of_a_fresh_clone_alone(study, calls):
+    """Where README.md is there, and what was built when is not known."""
+    assert build(study).code == 0
+    path = study / "report" / "README.md"
+    before = path.read_text()
+    (study / "report" / ".parts.json").unlink()
+    (study / "results" / "observations.md").write_text("Otherwise.\n")
+    assert build(study, "--only", "observations").code == 0
+    assert path.read_text() == before.replace("It was observed.", "Otherwise.")
+
+
+def test_missing_pictures_and_edited_parts_are_made_again(study, calls):
+    assert build(study).code == 0
+    path, picture = study / "report" / "README.md", study / "report" / "faces_sngan.png"
+    before = path.read_text()
+    picture.unlink()
+    path.write_text(before.replace("It was observed.", "Edited."))
+    assert build(study).code == 0
+    assert picture.is_file()
+    assert path.read_text() == before
 
 
 def test_missing_numbers_are_measured_where_there_is_data(study, calls):

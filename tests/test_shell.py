@@ -34,9 +34,10 @@ def test_a_user_error_is_one_line(tmp_path):
     ("script", "arguments"), [("hw2_1.sh", "OUT"), ("hw2_2.sh", "OUT"), ("hw2_3.sh", "IMAGES CSV")]
 )
 def test_without_arguments(tmp_path, script, arguments):
-    done = bash(ROOT / script, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == f"{script}: error: usage: bash {script} {arguments}\n"
+    for given in ([], [""] * len(arguments.split())):
+        done = bash(ROOT / script, *given, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr == f"{script}: error: usage: bash {script} {arguments}\n"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_arguments_and_errors_are_handed_on(tmp_path, script, arguments, line):
 @pytest.fixture
 def clone(tmp_path):
     """A repository with one script, whose requirements name a package that ``pip`` below installs."""
-    repository = tmp_path / "a clone"
+    repository = tmp_path / "a clone & more"
     repository.mkdir()
     shutil.copy(ROOT / "python.sh", repository)
     (repository / "requirements.txt").write_text("# comment\nsome-package>=1  # some_module\n")
