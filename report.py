@@ -36,6 +36,7 @@ from common.results import read_results, stored, weights_id
 from datasets.images import find_mosaics, fingerprint
 from models import dcgan, sngan
 from models.dann import DomainClassifier, FeatureExtractor, LabelPredictor
+from models.diffusion import Process, timesteps
 from models.unet import UNet_conditional
 
 HERE = Path(__file__).resolve().parent
@@ -194,10 +195,14 @@ def samplers_table() -> str:
         start = "mean colour" if key["mean"] else "0"
         cells = [name, key["steps"], key["power"], f"{key['w']:g}", guided, f"{key['rescale']:g}", start, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
+        colour = " / ".join(f"{max(abs(scores[f'{name}_{c}']) for c in 'rgb'):.1f}" for name in ("mean", "std"))
+        taken = timesteps(Process(), key["steps"], key["power"])[:-1]
+        calls = str(sum(1 + bool(key["w"] and low <= t <= high) for t in taken))
         cost = f"{1000 * scores['seconds'] / count:.0f}"
-        lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, cost, row["hardware"]])
+        lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, colour, calls, cost, row["hardware"]])
     settings = ["sampler", "steps", "power", "w", "guided t", "rescale", "start", "images"]
-    return table([*settings, "accuracy, %", *distances(rows[0]), "ms an image", "on"], lines)
+    header = [*settings, "accuracy, %", *distances(rows[0]), "colour off, %", "calls", "ms an image", "on"]
+    return table(header, lines)
 
 
 def adaptation_rows(**key: object) -> list[dict]:
@@ -445,7 +450,11 @@ def observations(_o: argparse.Namespace) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else "Not written yet."
 
 
-SAMPLERS = "Distances are to the held-out training digits: a sampler is chosen without the validation digits."
+SAMPLERS = """\
+Scores are against the held-out training digits: a sampler is chosen without the validation digits. Rows of as many
+images start from the same noise, and distances can be compared between them only: those of fewer images are larger.
+Colour off: the largest difference of the means of red, green and blue, and of their deviations. Calls: of the network,
+for an image. Times can be compared on one processor only."""
 
 RECIPES = """\
 Rows with the same first column can be compared: runs of the same length, annealed within it where the recipe anneals,
@@ -458,8 +467,9 @@ changes, its difference to the recipe's run of the same seed. DANN without `--ba
 cdea116, 600 steps of 64 (on SVHN in colour, with `--adversary 0.3`; on USPS with changed intensities; made on an H100
 in 0.2 to 0.4 minutes). Today's has the changes that end its list, the stronger adversary on SVHN and unchanged
 intensities on USPS, and sees SVHN in gray. Its short runs (250 steps of 32) are older than commit 29ecad5: until then
-the recipe of SVHN changed intensities, too. DANN-ST has today's recipes in short runs (8 and 4 minutes of a core): on
-SVHN the first network alone (`--students 0`).
+the recipe of SVHN changed intensities, too. `--intensity`, `--entropy` and `--mixup` are no more: commits cdea116 and
+dfbb575 have them. DANN-ST has today's recipes in short runs, on SVHN of the first network alone (`--students 0`), of 8
+to 19 minutes of a core on SVHN, 5 to 17 on USPS, by what ran beside them.
 
 A row of DANN (`--no-fit` on SVHN), one of DANN-ST, and how they are scored:
 
@@ -474,9 +484,10 @@ runs/p3_dann_svhn_000/best.safetensors --out labels.csv --evaluate train.csv --r
 HEAD = """\
 # Report
 
-Every table and figure of the study, made by `python3 report.py --data hw2_data` from the shipped weights. The numbers
-are those of `results/*.json`, where each row has its command, commit and hardware. Their definitions are in the
-repository's README, [The numbers](../README.md#the-numbers)."""
+Every table and figure of the study, made by `python3 report.py --data hw2_data` from the shipped weights. The tables
+are those of `results/*.json`, where each row has its command, commit and hardware; some numbers of the observations are
+of earlier runs, whose rows the history of these files has. Definitions are in the repository's README, [The
+numbers](../README.md#the-numbers)."""
 
 MODULES = ("common", "datasets", "metrics", "models")
 PARTS = {
