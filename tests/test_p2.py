@@ -185,6 +185,12 @@ def test_classifier_learns_and_is_exported(digits, tmp_path, capsys):
     assert torch.allclose(a, b, atol=0.05)
 
 
+def test_one_of_several_processes_scores_the_classifier(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_train, "is_first", lambda: False)
+    monkeypatch.setattr(classifier_train.ClassifierTrainer, "best_network", lambda *_: pytest.fail("scored"))
+    assert run(classifier_train.main, "--data", digits, "--out", tmp_path, "--steps", 1, "--device", "cpu").code == 0
+
+
 def test_the_courses_classifier_can_be_given(tmp_path):
     torch.manual_seed(1)
     network, path = Classifier(), tmp_path / "Classifier.pth"
