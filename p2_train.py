@@ -164,7 +164,6 @@ class DiffusionTrainer(Trainer):
         self.weight = snr_weight(self.process, o.gamma, o.floor).to(device)
         parts: dict[str, Part] = {"network": self.network, "average": self.average, "optimiser": self.optimiser}
         super().__init__("p2", o, device, describe(images), parts, before)
-        self.facts["mean"] = [round(c, 1) for c in colour_statistics(images)[:3].tolist()]  # for p2_test.py --mean
         self.judge = Judge(held_out, device, o.data) if o.eval_images else None
 
     @property
@@ -206,6 +205,9 @@ class DiffusionTrainer(Trainer):
             return {}
         per_digit = max(1, self.o.eval_images // CLASSES)
         return self.judge(self.samples(per_digit), torch.arange(CLASSES).repeat_interleave(per_digit))
+
+    def facts(self) -> dict:
+        return {"mean": [round(c, 1) for c in colour_statistics(self.images)[:3].tolist()]}  # for p2_test.py --mean
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
         return "unet", {"dim": self.o.dim, "predicts": self.o.predicts}, self.average.state_dict()

@@ -57,7 +57,6 @@ class Trainer:
         runs whose weights it starts from."""
         check_record(o.record, getattr(o, "eval_images", 1) > 0, "give --eval-images above 0")
         self.o, self.device, self.data_id, self.parts = o, device, data_id, parts
-        self.facts: dict = {}  # what else the card of the weights has to say
         self.step, self.scored, self.progress, self.best, elapsed = 0, -1, 0.0, None, 0.0
         join(o.batch_size)
         self.sums, self.since = torch.zeros(len(self.losses), device=device), 0
@@ -101,6 +100,10 @@ class Trainer:
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
         """(model, its configuration, state dict) to export."""
         raise NotImplementedError
+
+    def facts(self) -> dict:
+        """What else the card of exported weights has to say."""
+        return {}
 
     def restore(self) -> float:
         """Load the saved state; returns the seconds trained so far."""
@@ -153,7 +156,7 @@ class Trainer:
             "torch": str(torch.__version__),
             "held_out_scores": scores,
         }
-        card |= self.facts | {k: record[k] for k in ("resumed", "before") if k in record}
+        card |= self.facts() | {k: record[k] for k in ("resumed", "before") if k in record}
         save_weights(self.run.folder / f"{name}.safetensors", state, card)
 
     def best_network(self, kinds: dict[str, Callable[..., nn.Module]]) -> nn.Module:
