@@ -107,6 +107,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
     check_record(o.record, bool(o.evaluate))
+    if o.evaluate and len(o.digits) * o.per_digit < 2:
+        raise UserError(f"--per-digit {o.per_digit}: a Fréchet distance needs at least 2 images")
     for name in ("held_out", "classifier", "neighbours", "unsure", "dims"):
         if getattr(o, name) and not o.evaluate:
             raise UserError(f"--{name.replace('_', '-')}: needs scores; add --evaluate hw2_data/digits/mnistm")
@@ -312,7 +314,8 @@ def main() -> None:
     network = network.to(device, memory_format=torch.channels_last)
     digits = [int(d) for d in o.digits]
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)
-    check_apart(o.out, o.evaluate)
+    for out in (o.out, o.grid, o.trajectory, o.neighbours, o.unsure):
+        check_apart(out, o.evaluate)
     judge = Judge(o.evaluate, o.classifier, o.held_out, device, o.dims) if o.evaluate else None
 
     check_writable(o.out)

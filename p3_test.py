@@ -59,6 +59,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     check_record(o.record, bool(o.evaluate))
     if o.evaluate and o.out and o.out.resolve() == o.evaluate.resolve():
         raise UserError(f"{o.out}: holds the true labels (--evaluate); give --out another file")
+    if o.errors and o.errors.resolve() in [path.resolve() for path in (o.out, o.evaluate) if path]:
+        raise UserError(f"{o.errors}: is --out or --evaluate, too; give --errors another file")
     if o.errors and not o.evaluate:
         parser.error("--errors needs --evaluate, the true labels")
     if o.tsne and not o.images and not o.target:
@@ -67,7 +69,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 def good_images(folder: Path, skip_bad: bool) -> tuple[list[Path], set[bool]]:
-    """(files that are 28x28 images, sorted by name; whether they are gray). Raises UserError naming the others."""
+    """(files that are 28x28 images, sorted by name; whether they are gray). Raises UserError naming the others.
+
+    Gray digits that are stored in colour count as gray when there are no others but gray ones.
+    """
     good, bad, gray = [], [], set()
     for path in list_images(folder):
         try:
@@ -75,7 +80,10 @@ def good_images(folder: Path, skip_bad: bool) -> tuple[list[Path], set[bool]]:
                 image.load()
                 if image.size != (SIZE, SIZE):
                     raise ValueError("not a digit of the course")
-                gray.add(image.mode in ("1", "L", "LA", "I", "I;16", "F"))
+                if image.mode in ("1", "L", "LA", "I", "I;16", "F"):
+                    gray.add(True)
+                elif len({channel.tobytes() for channel in image.convert("RGB").split()}) > 1:
+                    gray.add(False)
                 good.append(path)
         except UNREADABLE:
             bad.append(path)
@@ -84,7 +92,7 @@ def good_images(folder: Path, skip_bad: bool) -> tuple[list[Path], set[bool]]:
         if not skip_bad or not good:
             raise UserError(f"{what}; remove them, or leave them out with --skip-bad")
         print(f"note: left out: {what}", file=sys.stderr)
-    return good, gray
+    return good, gray or {True}
 
 
 def find_target(folder: Path, gray: set[bool]) -> str:
@@ -128,7 +136,7 @@ class Reader:
 
 def write_labels(names: list[str], labels: list[int], out: Path) -> None:
     make_folder(out.parent)
-    with atomic(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+    with atomic(out) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         csv.writer(f, lineterminator="\n").writerows([("image_name", "label"), *zip(names, labels, strict=True)])
 
 

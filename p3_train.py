@@ -122,6 +122,8 @@ def build_parser() -> Parser:
 def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     o = parse_with_resume(parser, argv, recipe)
+    if o.method not in BASELINES and o.students >= o.steps:
+        raise UserError(f"--students {o.students} --steps {o.steps}: each network needs a step; give fewer students")
     useless = given_options(parser, argv) & USELESS
     if o.method in BASELINES and useless:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(useless))

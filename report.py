@@ -572,7 +572,9 @@ def read_parts(path: Path) -> dict[str, str]:
     """The texts of the parts that a README.md has."""
     if not path.exists():
         return {}
-    _, *chapters = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    head, *chapters = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if not head.startswith("# Report\n"):
+        raise UserError(f"{path}: not made by this script; move it away, or give --out another folder")
     texts = dict(zip(chapters[::2], chapters[1::2], strict=True))
     return {name: texts[part.title].strip() for name, part in PARTS.items() if part.title in texts}
 

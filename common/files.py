@@ -14,6 +14,8 @@ from common.errors import UserError
 def refuse_folder(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a device or a pipe, which would be replaced; give the name of a file")
 
 
 def file_in_the_way(path: Path) -> UserError:
@@ -82,10 +84,10 @@ def check_file(path: Path | None) -> None:
         check_writable(path.parent)
 
 
-def check_apart(out: Path, real: Path | None) -> None:
+def check_apart(out: Path | None, real: Path | None) -> None:
     """Raises UserError when ``out`` is the folder ``real`` or in it: no generated image must get among real ones."""
-    if real and Path(out).resolve().is_relative_to(Path(real).resolve()):
-        raise UserError(f"{out}: lies in {real}, the real images to compare with; choose another output folder")
+    if out and real and Path(out).resolve().is_relative_to(Path(real).resolve()):
+        raise UserError(f"{out}: lies in {real}, the real images to compare with; choose another place")
 
 
 def check_writable(folder: Path) -> None:

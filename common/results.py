@@ -13,7 +13,7 @@ import torch
 
 from common.device import hardware
 from common.errors import UserError
-from common.files import alone_in, atomic, make_folder
+from common.files import alone_in, atomic, check_file, make_folder
 from common.run import command_line, git_commit
 
 
@@ -58,6 +58,7 @@ def check_record(path: Path | None, scored: bool, remedy: str = "add --evaluate"
     if not scored:
         raise UserError(f"--record: needs scores; {remedy}")
     make_folder(path.parent)
+    check_file(path)
     if path.exists():
         read_results(path)
 

@@ -184,15 +184,17 @@ class Budget:
 
 def annealed(progress: float, hold: float = 0.5) -> float:
     """Learning-rate factor: 1 for the first ``hold`` of the budget, then linear to 0."""
-    return min(1.0, (1.0 - progress) / (1.0 - hold)) if hold < 1 else 1.0
+    return min(1.0, max(0.0, 1.0 - progress) / (1.0 - hold)) if hold < 1 else 1.0
 
 
 class StopFlag:
-    """Turns SIGINT and SIGTERM into ``flag.set``, so that the loop can save and end. A second one kills."""
+    """Turns SIGINT, SIGTERM and, unless it is ignored (nohup), SIGHUP into ``flag.set``, so that the loop can save and
+    end. A second one kills."""
 
     def __enter__(self) -> "StopFlag":
         self.set = False
-        self.previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        self.previous = {s: signal.signal(s, self._stop) for s in signals}
         return self
 
     def _stop(self, number: int, _frame: object) -> None:

@@ -119,6 +119,8 @@ class Trainer:
             self.sums, self.since = state["sums"], state["since"]
         except (KeyError, ValueError, RuntimeError):
             raise UserError(f"{self.run.state_path}: of another version of the code; start a new run") from None
+        if not (self.run.folder / "best.safetensors").exists():  # deleted: the next evaluation writes another
+            self.best, self.scored = None, -1
         if is_first():
             self.run.resumed(self.o)
             self.run.forget_after(self.step)
@@ -204,17 +206,22 @@ class Trainer:
         o = self.o
         bar = tqdm(initial=self.step, total=o.steps, unit="step", desc=self.run.folder.name, disable=not is_first())
         with StopFlag() as stop, bar:
-            while True:
-                progress, stopped = agree(self.budget.progress(self.step), stop.set)
-                if progress >= 1 or stopped:
-                    break
-                self.progress = progress
-                self.sums += self.update()
-                self.step += 1
-                self.since += 1
-                bar.update()
-                if is_first() and self.budget.progress(self.step) < 1:
-                    self.report(bar)
+            try:
+                while True:
+                    progress, stopped = agree(self.budget.progress(self.step), stop.set)
+                    if progress >= 1 or stopped:
+                        break
+                    self.progress = progress
+                    self.sums += self.update()
+                    self.step += 1
+                    self.since += 1
+                    bar.update()
+                    if is_first() and self.budget.progress(self.step) < 1:
+                        self.report(bar)
+            except BrokenPipeError:  # Ctrl-C has stopped what reads the output, as ``tee`` does, before this script
+                if is_first():
+                    self.save()
+                raise
             leave()
             if is_first():
                 self.finish(bar, bool(stopped))
@@ -234,9 +241,10 @@ class Trainer:
     def finish(self, bar: tqdm, stopped: bool) -> None:
         """Save; unless the run was stopped, score the last step, too, and say where the weights are."""
         o = self.o
+        self.save()
         if not stopped and self.scored != self.step:
             self.checkpoint(bar, evaluate=True)
-        self.save()
+            self.save()
         if stopped:
             tqdm.write(f"stopped at step {self.step}; go on with: python3 {sys.argv[0]} --resume {self.run.folder}")
             sys.exit(130)

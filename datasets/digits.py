@@ -32,10 +32,14 @@ def load_labels(root: Path, split: str) -> Tensor:
 
 def read_labels(path: Path) -> list[tuple[str, int]]:
     """(image name, label) of every row. Raises UserError for a missing column or a wrong label."""
-    labels = []
+    labels: dict[str, int] = {}
+    rows = []
     for line, row in enumerate(read_index(path, "label"), 2):
         text = (row["label"] or "").strip()
         if text not in set("0123456789"):
             raise UserError(f"{path}, line {line}: label {text!r} of {row['image_name']} is not a digit 0-9; mend it")
-        labels.append((row["image_name"], int(text)))
-    return labels
+        name, label = row["image_name"], int(text)
+        if labels.setdefault(name, label) != label:
+            raise UserError(f"{path}, line {line}: {name} is {labels[name]} further up and {label} here; mend it")
+        rows.append((name, label))
+    return rows

@@ -14,6 +14,7 @@ Any mode is converted: gray, palette and transparent images become RGB (transpar
 import csv
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,8 @@ def list_images(folder: Path) -> list[Path]:
 def read_image(path: Path, size: int | None = None, channels: int = 3) -> np.ndarray:
     """One image file -> uint8 (size, size, channels), or its own (H, W, channels) without ``size``."""
     with Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bits, which ``convert`` would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB" if channels == 3 else "L")
         if size is not None and image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.LANCZOS)
@@ -81,7 +84,12 @@ def decode_files(paths: list[Path], size: int, channels: int = 3, what: str = "i
 
 def find_mosaics(folder: Path, split: str) -> list[Path]:
     """The packed mosaics of a split, in order; empty when the folder is not packed."""
-    return sorted(p for p in Path(folder).glob(f"{split}_[0-9]*") if p.suffix.lower() in SUFFIXES)
+    number = re.compile(rf"{split}_[0-9]+")
+    found = sorted(p for p in Path(folder).glob(f"{split}_[0-9]*") if p.suffix.lower() in SUFFIXES)
+    mosaics = [p for p in found if number.fullmatch(p.stem)]
+    if len({p.stem for p in mosaics}) < len(mosaics):
+        raise UserError(f"{folder}: has a mosaic of {split} twice ({name_some(mosaics)}); remove one of the two")
+    return mosaics
 
 
 def decode_mosaics(mosaics: list[Path], index: Path, size: int, channels: int = 3, what: str = "images") -> Tensor:
@@ -127,7 +135,7 @@ def fingerprint(paths: list[Path], *settings: object) -> str:
     digest = hashlib.sha256(repr((FORMAT, *settings)).encode())
     for path in paths:
         stat = path.stat()
-        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path.name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

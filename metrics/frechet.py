@@ -11,6 +11,7 @@ covariance is rank-deficient, and fast.
 
 import contextlib
 import io
+import pickle
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ class Inception:
                     net = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[s] for s in (*also, size)])
             except OSError:  # URLError is one: no network
                 raise UserError(MISSING) from None
-            except (RuntimeError, EOFError) as error:
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise UserError(f"the Inception weights under TORCH_HOME are damaged ({error}); delete them") from None
             return net.eval()
 

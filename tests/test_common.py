@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from common.errors import Parser, UserError, describe_os_error
 from common.files import atomic, check_file, check_writable
 from common.pictures import save_images, sheet, to_uint8
 from common.results import check_record, read_results, record
-from common.run import Budget, Run, annealed, given_options, resume_options
+from common.run import Budget, Run, StopFlag, annealed, given_options, resume_options
 from tests.helpers import ROOT, assert_user_error, run
 
 CPU = torch.device("cpu")
@@ -198,7 +199,21 @@ def test_average_ramps_up_and_can_be_off():
 
 
 def test_annealing_holds_then_falls_to_zero():
-    assert [annealed(p) for p in (0, 0.25, 0.5, 0.75, 1)] == [1, 1, 1, 0.5, 0]
+    assert [annealed(p) for p in (0, 0.25, 0.5, 0.75, 1, 1.5)] == [1, 1, 1, 0.5, 0, 0]
+
+
+def test_hangups_are_left_to_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not flag.set
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopFlag() as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert flag.set
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_budget_is_whichever_ends_first():
@@ -295,6 +310,11 @@ def test_images_appear_together_or_not_at_all(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         path.write_bytes(b"png")
 
+    (tmp_path / "way" / "0003.png").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"0003\.png: is a folder"):
+        save_images(images, names, tmp_path / "way")
+    assert os.listdir(tmp_path / "way") == ["0003.png"]
+
     monkeypatch.setattr("common.pictures.save_png", full)
     with pytest.raises(OSError, match="No space"):
         save_images(images, names, tmp_path / "new")
@@ -388,6 +408,14 @@ def test_scripts_that_record_at_the_same_time_lose_no_row(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda seed: record(path, {"seed": seed}, {"fd": 1.0}, None, CPU), range(16)))
     assert {row["key"]["seed"] for row in read_results(path)} == set(range(16))
+
+
+def test_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a device or a pipe"):
+        check_file(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a device or a pipe"):
+        check_record(tmp_path / "pipe", scored=True)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"scores": {}}]'])

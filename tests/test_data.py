@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,17 @@ def test_a_missing_mosaic_is_named(tmp_path):
     write_mosaics(tmp_path, smooth_images(130, 64), per_mosaic=100)
     (tmp_path / "train_01.png").unlink()
     with pytest.raises(UserError, match=r"train.csv: lists 130 images, the mosaics hold 100"):
+        load_faces(tmp_path, "train")
+
+
+def test_a_copy_of_a_mosaic(tmp_path):
+    """It would shift all labels after it."""
+    write_mosaics(tmp_path, smooth_images(130, 64), per_mosaic=100)
+    images = load_faces(tmp_path, "train")
+    shutil.copy(tmp_path / "train_00.png", tmp_path / "train_00 (copy).png")
+    assert torch.equal(load_faces(tmp_path, "train"), images)
+    shutil.copy(tmp_path / "train_00.png", tmp_path / "train_00.jpg")
+    with pytest.raises(UserError, match=r"a mosaic of train twice"):
         load_faces(tmp_path, "train")
 
 
@@ -131,6 +143,13 @@ def test_missing_and_empty_folders(tmp_path):
 def test_reference_is_a_folder_or_the_validation_split(faces):
     assert torch.equal(load_reference(faces), load_reference(faces / "val"))
     assert len(load_reference(faces)) == 12
+
+
+def test_sixteen_bits_are_brought_to_eight(tmp_path):
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    (tmp_path / "val").mkdir()
+    Image.fromarray(values).save(tmp_path / "val" / "a.png")
+    assert torch.equal(load_faces(tmp_path, "val")[0, 0], torch.from_numpy((values >> 8).astype(np.uint8)))
 
 
 def test_held_out_is_the_end_of_train():

@@ -157,6 +157,40 @@ def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model
     assert losses(tmp_path / "a" / name) == losses(tmp_path / "b" / name)
 
 
+def test_a_run_is_saved_when_its_output_is_cut_off_or_its_last_evaluation_killed(
+    faces, tmp_path, mean_inception, monkeypatch
+):
+    def report(self, bar):
+        if self.step == 2:
+            raise BrokenPipeError
+
+    def evaluate(self):
+        raise KeyboardInterrupt
+
+    name = "p1_sngan_000"
+    with monkeypatch.context() as patch:
+        patch.setattr(p1_train.FaceTrainer, "report", report)
+        with pytest.raises(BrokenPipeError):
+            words = map(str, ("--data", faces, "--out", tmp_path / "a", *TINY, "--steps", 4))
+            p1_train.FaceTrainer(p1_train.parse_options(list(words))).train()
+    assert load_state(tmp_path / "a" / name / "state.pt", CPU)["step"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(p1_train.FaceTrainer, "evaluate", evaluate)
+        assert train(faces, tmp_path / "b", "--steps", 4).code == 130
+    assert load_state(tmp_path / "b" / name / "state.pt", CPU)["step"] == 4
+    for folder in ("a", "b"):
+        assert run(p1_train.main, "--resume", tmp_path / folder / name).code == 0
+        assert (tmp_path / folder / name / "best.safetensors").is_file()
+
+
+def test_deleted_weights_are_written_again(faces, tmp_path, mean_inception):
+    assert train(faces, tmp_path, "--steps", 2).code == 0
+    best = tmp_path / "p1_sngan_000" / "best.safetensors"
+    best.unlink()
+    assert run(p1_train.main, "--resume", best.parent).code == 0
+    assert best.is_file()
+
+
 def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_inception):
     assert train(faces, tmp_path, "--steps", 2).code == 0
     folder = tmp_path / "p1_sngan_000"
@@ -334,7 +368,7 @@ def test_the_size_of_the_features_can_be_given(weights, faces, tmp_path, monkeyp
 def test_no_face_is_written_among_real_ones(weights, faces, tmp_path):
     for out in (faces, faces / "val"):
         outcome = run(p1_test.main, "--weights", weights, "--out", out, "--count", 2, "--evaluate", faces)
-        assert_user_error(outcome, out, "choose another output folder")
+        assert_user_error(outcome, out, "choose another place")
     assert not list(faces.rglob("0001.png"))
 
 

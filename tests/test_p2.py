@@ -386,7 +386,7 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
 
 def test_no_digit_is_written_among_real_ones(weights, digits, mean_inception):
     outcome = generate(weights, digits / "data", "--per-digit", 1, "--evaluate", digits)
-    assert_user_error(outcome, digits / "data", "choose another output folder")
+    assert_user_error(outcome, digits / "data", "choose another place")
     assert not list(digits.rglob("0_001.png"))
 
 

@@ -92,6 +92,11 @@ def test_images_are_augmented_in_full_precision(domains, tmp_path, monkeypatch, 
     assert seen and not any(seen)
 
 
+def test_every_network_needs_a_step(domains, tmp_path):
+    wrong = train(domains, tmp_path, "--method", "dann-st", "--students", 4, "--steps", 4)
+    assert_user_error(wrong, "--students 4 --steps 4")
+
+
 def test_too_few_images(domains, tmp_path):
     for name in ("mnistm", "svhn"):
         paths = write_pngs(tmp_path / name / "data", smooth_images(19, 28))

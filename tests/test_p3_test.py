@@ -72,6 +72,18 @@ def test_mixed_images_on_a_neutral_path(tmp_path):
     assert {label for _, label in rows(out)[1:]} == {"5"}
 
 
+def test_gray_digits_stored_in_colour(tmp_path):
+    """They are USPS's by themselves, and say nothing among coloured ones."""
+    folder, out = tmp_path / "neutral", tmp_path / "labels.csv"
+    for path in write_pngs(folder, smooth_images(3, 28, 1)):
+        Image.open(path).convert("RGB").save(path)
+    assert classify(folder, out).code == 0
+    assert {label for _, label in rows(out)[1:]} == {"5"}
+    Image.fromarray(smooth_images(1, 28)[0]).save(folder / "coloured.png")
+    assert classify(folder, out).code == 0
+    assert {label for _, label in rows(out)[1:]} == {"3"}
+
+
 def test_bad_and_foreign_images_are_named(tmp_path, capsys):
     folder, out = tmp_path / "svhn", tmp_path / "labels.csv"
     paths = write_pngs(folder, smooth_images(6, 28))
@@ -184,7 +196,12 @@ def test_wrong_input(tmp_path, weights):
     truth = tmp_path / "truth.csv"
     write_index(truth, [("00000.png", 1)])
     assert_user_error(classify(tmp_path / "svhn", truth, "--evaluate", truth), truth, "another file")
+    same = classify(tmp_path / "svhn", out, "--evaluate", truth, "--errors", truth)
+    assert_user_error(same, truth, "another file")
     assert truth.read_text().splitlines()[1] == "00000.png,1"
+    write_index(tmp_path / "twice.csv", [("00000.png", 1), ("00000.png", 2)])
+    twice = classify(tmp_path / "svhn", out, "--evaluate", tmp_path / "twice.csv")
+    assert_user_error(twice, "twice.csv, line 3", "00000.png is 1 further up and 2 here")
     save_weights(tmp_path / "old.safetensors", Dann(dim=2).state_dict(), CARD | {"options": {"size": 32}})
     old = classify(tmp_path / "svhn", out, "--weights", tmp_path / "old.safetensors")
     assert_user_error(old, tmp_path / "old.safetensors", "train it again")

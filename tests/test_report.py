@@ -192,6 +192,13 @@ def test_one_part_leaves_the_others_of_a_fresh_clone_alone(study, calls):
     assert path.read_text() == before.replace("It was observed.", "Otherwise.")
 
 
+def test_a_foreign_readme_is_left_alone(study, tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    foreign = run(report.main, "--out", tmp_path, "--only", "networks")
+    assert_user_error(foreign, tmp_path / "README.md", "not made by this script")
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
 def test_missing_pictures_and_edited_parts_are_made_again(study, calls):
     assert build(study).code == 0
     path, picture = study / "report" / "README.md", study / "report" / "faces_sngan.png"
