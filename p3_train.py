@@ -199,8 +199,9 @@ class SupervisedTrainer(DigitTrainer):
     panels: ClassVar = {"loss": ("loss",), "error on held-out digits, %": ("error",)}
 
     def __init__(self, o: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device):
+        data = o.data / (o.target if o.method == "target" else SOURCE)
         (images, held_images), (labels, held_labels) = (
-            hold_out(x.to(device), HELD_OUT, o.data) for x in (images, labels)
+            hold_out(x.to(device), HELD_OUT, data) for x in (images, labels)
         )
         self.images, self.labels, self.held_images, self.held_labels = images, labels, held_images, held_labels
         torch.manual_seed(o.seed)
@@ -274,7 +275,7 @@ class AdaptationTrainer(DigitTrainer):
         self, o: argparse.Namespace, images: Tensor, labels: Tensor, target_images: Tensor, device: torch.device
     ):
         (self.images, self.held_images), (self.labels, self.held_labels) = (
-            hold_out(x.to(device), HELD_OUT, o.data) for x in (images, labels)
+            hold_out(x.to(device), HELD_OUT, o.data / SOURCE) for x in (images, labels)
         )
         self.target_images = target_images.to(device)
         torch.manual_seed(o.seed)

@@ -56,7 +56,7 @@ METHODS = {  # (method, network): title
 SETTING = ("--model", "--students", "--batch-size", "--steps")  # runs that differ in these are not compared
 # options of the training scripts, with a value, that are no part of a recipe
 NO_RECIPE = {"--method", "--target", "--seed", "--data", "--out", "--record"}
-NO_RECIPE |= {"--eval-every", "--eval-images", "--sample-every"}
+NO_RECIPE |= {"--eval-every", "--eval-images", "--sample-every", "--save-every", "--device"}
 PUBLISHED = {  # the published report's numbers
     "dcgan": "FID 38.68, faces 91.4 %",
     "sngan": "FID 25.66, faces 92.2 %",
@@ -312,8 +312,11 @@ def digit_recipes_table() -> str:
 
 def split_command(command: str) -> tuple[str, str]:
     """(its networks, steps and batch size, its options of the recipe) of a command of a training script."""
-    words, recipe, change = iter(shlex.split(command)[2:]), {}, []
+    given = [w.split("=", 1) if w.startswith("--") else [w] for w in shlex.split(command)[2:]]
+    words, recipe, change = (word for parts in given for word in parts), {}, []
     for word in words:
+        if word == "--keep":
+            continue
         if word in SETTING:
             recipe[word] = next(words)
         elif word in NO_RECIPE:

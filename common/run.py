@@ -98,7 +98,8 @@ def resume_options(parser: argparse.ArgumentParser, options: argparse.Namespace,
 def command_line() -> str:
     """The command of this process, as it would be typed in the repository's folder."""
     here = f"{Path(__file__).resolve().parents[1]}/"
-    return shlex.join(["python3", *(word.removeprefix(here) for word in sys.argv)])
+    script, *words = (word.removeprefix(here) for word in sys.argv)
+    return shlex.join(["python3", script.removeprefix("./"), *words])
 
 
 def git_commit() -> str:

@@ -263,7 +263,7 @@ def test_run_folders_are_numbered_and_rows_after_a_step_are_dropped(tmp_path, mo
     runs = [Run.start("p1", o) for _ in range(2)]
     assert [r.folder.name for r in runs] == ["p1_000", "p1_001"]
     assert runs[1].record["command"] == "python3 p1_train.py --lr 1"
-    monkeypatch.setattr(sys, "argv", ["p1_train.py", "--resume", "x", "--max-minutes", "9"])
+    monkeypatch.setattr(sys, "argv", ["./p1_train.py", "--resume", "x", "--max-minutes", "9"])
     runs[1].resumed(argparse.Namespace(max_minutes=9.0))
     record = runs[1].record
     assert record["command"] == "python3 p1_train.py --lr 1"

@@ -101,7 +101,9 @@ def test_too_few_images(domains, tmp_path):
     for name in ("mnistm", "svhn"):
         paths = write_pngs(tmp_path / name / "data", smooth_images(19, 28))
         write_index(tmp_path / name / "train.csv", [(path.name, 1) for path in paths])
-    assert_user_error(train(tmp_path, tmp_path / "runs"), "19 training images; at least 20 are needed")
+    for method, name in (("dann", "mnistm"), ("target", "svhn")):
+        few = train(tmp_path, tmp_path / "runs", "--method", method)
+        assert_user_error(few, tmp_path / name, "19 training images; at least 20 are needed")
 
 
 def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):

@@ -140,6 +140,13 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert report.faces_table().startswith("Not measured yet")
 
 
+def test_commands_are_split_into_setting_and_changes():
+    command = (
+        "python3 p1_train.py --model sngan --steps=9 --keep --device cpu --no-flip --ema 0 --data 'a b' --recipe ours"
+    )
+    assert report.split_command(command) == ("`--model sngan --steps 9`", "--no-flip --ema 0")
+
+
 def test_without_data_everything_known_is_built(study, calls):
     assert build(study).code == 0
     text = (study / "report" / "README.md").read_text()
