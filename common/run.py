@@ -156,12 +156,12 @@ class Run:
             writer.writerow(row)
 
     def forget_after(self, step: int) -> None:
-        """Drop metric rows later than ``step``: a killed run may have logged past its last saved state."""
+        """Drop metric rows after ``step``, which a killed run may have logged after its last save, and cut ones."""
         if not self.metrics_path.exists():
             return
         with self.metrics_path.open(newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
-            rows = [row for row in reader if int(row["step"]) <= step]
+            rows = [row for row in reader if row["step"].isdecimal() and int(row["step"]) <= step]
         with atomic(self.metrics_path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, reader.fieldnames or ["step"])
             writer.writeheader()
