@@ -198,7 +198,7 @@ def samplers_table() -> str:
         colour = " / ".join(f"{max(abs(scores[f'{name}_{c}']) for c in 'rgb'):.1f}" for name in ("mean", "std"))
         taken = timesteps(Process(), key["steps"], key["power"])[:-1]
         calls = str(sum(1 + bool(key["w"] and low <= t <= high) for t in taken))
-        cost = f"{1000 * scores['seconds'] / count:.0f}"
+        cost = f"{1000 * scores['seconds'] / count:.0f}" if "seconds" in scores else ""
         lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, colour, calls, cost, row["hardware"]])
     settings = ["sampler", "steps", "power", "w", "guided t", "rescale", "start", "images"]
     header = [*settings, "accuracy, %", *distances(rows[0]), "colour off, %", "calls", "ms an image", "on"]
@@ -457,7 +457,7 @@ SAMPLERS = """\
 Scores are against the held-out training digits: a sampler is chosen without the validation digits. Rows of as many
 images start from the same noise, and distances can be compared between them only: those of fewer images are larger.
 Colour off: the largest difference of the means of red, green and blue, and of their deviations. Calls: of the network,
-for an image. Times can be compared on one processor only."""
+for an image. Times can be compared on one processor only; two runs that were paused have none."""
 
 RECIPES = """\
 Rows with the same first column can be compared: runs of the same length, annealed within it where the recipe anneals,
