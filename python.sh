@@ -33,7 +33,7 @@ find_python() {
     "$base" -c 'import sys; assert (3, 10) <= sys.version_info' 2>/dev/null ||
         fail "$base is no Python 3.10 or later; install one, or set PYTHON to it"
     echo "$(basename "$0"): $base lacks packages of $*; installing them into $environment, once" >&2
-    { "$python" -m pip --version || "$base" -m venv "$environment" --clear; } >/dev/null 2>&1 ||
+    { "$python" -m pip --version >/dev/null 2>&1 || "$base" -m venv "$environment" --clear; } >&2 ||
         fail "$environment could not be made; install Python's venv, or free some space"
     for file in "${files[@]}"; do
         "$python" -m pip install --quiet --disable-pip-version-check --requirement "$file" >&2 ||

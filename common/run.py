@@ -194,7 +194,9 @@ class StopFlag:
 
     def __enter__(self) -> "StopFlag":
         self.set = False
-        signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
         self.previous = {s: signal.signal(s, self._stop) for s in signals}
         return self
 

@@ -202,6 +202,17 @@ def test_annealing_holds_then_falls_to_zero():
     assert [annealed(p) for p in (0, 0.25, 0.5, 0.75, 1, 1.5)] == [1, 1, 1, 0.5, 0, 0]
 
 
+def test_a_training_in_the_background_can_be_interrupted():
+    """Where the shell has it ignore Ctrl-C, ``kill -INT`` still stops it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert flag.set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_hangups_are_left_to_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
