@@ -114,8 +114,7 @@ def main() -> None:
     generator = None if o.real else load_network(o.weights, {"sngan": Generator, "dcgan": Generator})[0].to(device)
     if o.evaluate and o.count < 2:
         raise UserError(f"--count {o.count}: a Fréchet distance needs at least 2 images")
-    for out in (o.out, o.sheet):
-        check_apart(out, o.evaluate)
+    check_apart(o.evaluate, o.out, o.sheet)
     judge = Judge(o.evaluate, device, o.dims) if o.evaluate else None
     check_writable(o.out)
     check_file(o.sheet)

@@ -314,12 +314,12 @@ def main() -> None:
     network = network.to(device, memory_format=torch.channels_last)
     digits = [int(d) for d in o.digits]
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)
-    for out in (o.out, o.grid, o.trajectory, o.neighbours, o.unsure):
-        check_apart(out, o.evaluate)
+    pictures = (o.grid, o.trajectory, o.neighbours, o.unsure)
+    check_apart(o.evaluate, o.out, *pictures)
     judge = Judge(o.evaluate, o.classifier, o.held_out, device, o.dims) if o.evaluate else None
 
     check_writable(o.out)
-    for path in (o.grid, o.trajectory, o.neighbours, o.unsure):
+    for path in pictures:
         check_file(path)
     start = time.monotonic()
     images = generate(network, digits, o.per_digit, o, device)

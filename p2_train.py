@@ -16,6 +16,7 @@ held-out slice of the training digits; validation digits are never read).
 import argparse
 import math
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -206,6 +207,7 @@ class DiffusionTrainer(Trainer):
         per_digit = max(1, self.o.eval_images // CLASSES)
         return self.judge(self.samples(per_digit), torch.arange(CLASSES).repeat_interleave(per_digit))
 
+    @cached_property
     def facts(self) -> dict:
         return {"mean": [round(c, 1) for c in colour_statistics(self.images)[:3].tolist()]}  # for p2_test.py --mean
 

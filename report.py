@@ -302,6 +302,11 @@ def recipes_table(script: str, read: str, title: str) -> str:
     return table(header, [cells for _, cells in sorted(lines)])
 
 
+def recipes(title: str, found: str) -> list[str]:
+    """The chapter of a table of recipes; none for an empty one."""
+    return [title, RECIPES, found] if found else []
+
+
 def face_recipes_table() -> str:
     return recipes_table("p1_train.py", "faces", "exactly one face")
 
@@ -366,9 +371,7 @@ def build_faces(o: argparse.Namespace) -> str:
                 measure_faces(o, "--weights", weights, "--seed", seed)
     if o.measure or not rows_of(RESULTS / "faces.json", weights="real", images=FACES):
         measure_faces(o, "--real")
-    text.append(faces_table())
-    if recipes := face_recipes_table():
-        text += ["### Face recipes", RECIPES, recipes]
+    text += [faces_table(), *recipes("### Face recipes", face_recipes_table())]
     for name, title in GANS.items():
         generator, card = load_network(CHECKPOINTS / f"p1_{name}.safetensors", {name: dcgan.Generator})
         images = p1_test.generate(generator, 32, 0, torch.device("cpu"))
@@ -389,9 +392,7 @@ def build_digits(o: argparse.Namespace) -> str:
         arguments = ("--weights", weights, "--per-digit", DIGITS)
         measure(o, "p2_test.py", o.data and o.data / "digits" / "mnistm", RESULTS / "digits.json", *arguments)
     text = [f"{training(card)}.", digits_table()]
-    text += ["### Samplers", SAMPLERS, samplers_table()]
-    if recipes := digit_recipes_table():
-        text += ["### Digit recipes", RECIPES, recipes]
+    text += ["### Samplers", SAMPLERS, samplers_table(), *recipes("### Digit recipes", digit_recipes_table())]
     if drawn := curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training"):
         text += ["### Training", last_run(card), *drawn]
     return "\n\n".join(text)

@@ -11,7 +11,8 @@ from pathlib import Path
 from common.errors import UserError
 
 
-def refuse_folder(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
+    """Raises UserError when there is something else than a file under this name."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file")
     if path.exists() and not path.is_file():
@@ -27,7 +28,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success rename it to ``path``, on any error remove it. Raises
     UserError when ``path`` is a folder."""
     path = Path(path)
-    refuse_folder(path)
+    check_replaceable(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -80,14 +81,15 @@ def write_json(path: Path, content: dict) -> None:
 def check_file(path: Path | None) -> None:
     """Raises UserError when ``path`` is a folder, OSError when it cannot be written. For use before long work."""
     if path:
-        refuse_folder(path)
+        check_replaceable(path)
         check_writable(path.parent)
 
 
-def check_apart(out: Path | None, real: Path | None) -> None:
-    """Raises UserError when ``out`` is the folder ``real`` or in it: no generated image must get among real ones."""
-    if out and real and Path(out).resolve().is_relative_to(Path(real).resolve()):
-        raise UserError(f"{out}: lies in {real}, the real images to compare with; choose another place")
+def check_apart(real: Path | None, *outputs: Path | None) -> None:
+    """Raises UserError when an output is the folder ``real`` or in it: no generated image must get among real ones."""
+    for out in outputs if real else ():
+        if out and out.resolve().is_relative_to(real.resolve()):
+            raise UserError(f"{out}: lies in {real}, the real images to compare with; choose another place")
 
 
 def check_writable(folder: Path) -> None:

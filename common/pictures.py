@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.files import atomic, make_folder, refuse_folder
+from common.files import atomic, check_replaceable, make_folder
 
 # Colours that colour-blind readers can tell apart: Okabe and Ito for a few lines, Paul Tol's "muted" and a gray for ten
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -49,7 +49,7 @@ def save_images(images: Tensor, names: list[str], out: Path) -> None:
             for image, name in zip(images, names, strict=True):
                 save_png(image, Path(temporary) / name)
             for name in names:
-                refuse_folder(out / name)
+                check_replaceable(out / name)
             for name in names:
                 (Path(temporary) / name).replace(out / name)
     except BaseException:

@@ -3,7 +3,8 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -43,6 +44,7 @@ class Trainer:
     scores: tuple[str, ...]  # names of what ``evaluate`` may return
     selects: str  # the score whose smallest value marks the best weights
     panels: dict[str, tuple[str, ...]]  # title: columns drawn together in curves.png
+    facts: Mapping[str, object] = MappingProxyType({})  # what else the card of exported weights has to say
 
     def __init__(
         self,
@@ -101,10 +103,6 @@ class Trainer:
         """(model, its configuration, state dict) to export."""
         raise NotImplementedError
 
-    def facts(self) -> dict:
-        """What else the card of exported weights has to say."""
-        return {}
-
     def restore(self) -> float:
         """Load the saved state; returns the seconds trained so far."""
         state = load_state(self.run.state_path, self.device)
@@ -138,8 +136,8 @@ class Trainer:
         self.check()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         position = {"step": self.step, "scored": self.scored, "best": self.best, "elapsed": self.budget.elapsed}
-        means = {"sums": self.sums, "since": self.since}
-        save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position, **means})
+        position |= {"sums": self.sums, "since": self.since}
+        save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position})
         self.last_save = time.monotonic()
 
     def export(self, name: str, scores: dict) -> None:
@@ -158,7 +156,7 @@ class Trainer:
             "torch": str(torch.__version__),
             "held_out_scores": scores,
         }
-        card |= self.facts() | {k: record[k] for k in ("resumed", "before") if k in record}
+        card |= dict(self.facts) | {k: record[k] for k in ("resumed", "before") if k in record}
         save_weights(self.run.folder / f"{name}.safetensors", state, card)
 
     def best_network(self, kinds: dict[str, Callable[..., nn.Module]]) -> nn.Module:
@@ -203,28 +201,33 @@ class Trainer:
 
     def train(self) -> None:
         """Run until the budget is used up. After SIGINT or SIGTERM the state is saved and the script exits with 130."""
-        o = self.o
-        bar = tqdm(initial=self.step, total=o.steps, unit="step", desc=self.run.folder.name, disable=not is_first())
+        bar = tqdm(
+            initial=self.step, total=self.o.steps, unit="step", desc=self.run.folder.name, disable=not is_first()
+        )
         with StopFlag() as stop, bar:
             try:
-                while True:
-                    progress, stopped = agree(self.budget.progress(self.step), stop.set)
-                    if progress >= 1 or stopped:
-                        break
-                    self.progress = progress
-                    self.sums += self.update()
-                    self.step += 1
-                    self.since += 1
-                    bar.update()
-                    if is_first() and self.budget.progress(self.step) < 1:
-                        self.report(bar)
+                stopped = self.loop(bar, stop)
             except BrokenPipeError:  # Ctrl-C has stopped what reads the output, as ``tee`` does, before this script
                 if is_first():
                     self.save()
                 raise
             leave()
             if is_first():
-                self.finish(bar, bool(stopped))
+                self.finish(bar, stopped)
+
+    def loop(self, bar: tqdm, stop: StopFlag) -> bool:
+        """Updates until the budget is used up; whether they were stopped before."""
+        while True:
+            progress, stopped = agree(self.budget.progress(self.step), stop.set)
+            if progress >= 1 or stopped:
+                return bool(stopped)
+            self.progress = progress
+            self.sums += self.update()
+            self.step += 1
+            self.since += 1
+            bar.update()
+            if is_first() and self.budget.progress(self.step) < 1:
+                self.report(bar)
 
     def report(self, bar: tqdm) -> None:
         """What is due after a step: an evaluation, a picture, a row of metrics.csv, the saved state."""

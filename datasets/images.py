@@ -84,9 +84,8 @@ def decode_files(paths: list[Path], size: int, channels: int = 3, what: str = "i
 
 def find_mosaics(folder: Path, split: str) -> list[Path]:
     """The packed mosaics of a split, in order; empty when the folder is not packed."""
-    number = re.compile(rf"{split}_[0-9]+")
-    found = sorted(p for p in Path(folder).glob(f"{split}_[0-9]*") if p.suffix.lower() in SUFFIXES)
-    mosaics = [p for p in found if number.fullmatch(p.stem)]
+    named = (p for p in Path(folder).glob(f"{split}_*") if re.fullmatch(rf"{split}_[0-9]+", p.stem))
+    mosaics = sorted(p for p in named if p.suffix.lower() in SUFFIXES)
     if len({p.stem for p in mosaics}) < len(mosaics):
         raise UserError(f"{folder}: has a mosaic of {split} twice ({name_some(mosaics)}); remove one of the two")
     return mosaics
