@@ -27,6 +27,7 @@ from common.files import check_apart, check_file, check_writable
 from common.options import add_dims_option, positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record
+from datasets.augment import resize
 from datasets.digits import CLASSES, SIZE
 from models.diffusion import Predict, Process, Watch, ddim, ddpm, dpm_solver_pp, guided, timesteps
 from models.unet import UNet_conditional
@@ -124,8 +125,9 @@ def solve(
     watch: Watch | None = None,
     eta: float = 0.0,
     mean: Sequence[float] | None = None,
+    size: int = SIZE,
 ) -> Tensor:
-    """x_0 (N, 3, 28, 28), one for each of the CPU ``generators``, from which x_T and all later noise is drawn.
+    """x_0 (N, 3, size, size), one for each of the CPU ``generators``, from which x_T and all later noise is drawn.
 
     ``steps`` as from ``timesteps``; ancestral sampling takes all T whatever they are. ``mean`` (0 to 255): x_T is drawn
     from q(x_T | an image of this colour) instead of N(0, I). In training x_T still has a twentieth of its image, and
@@ -134,7 +136,7 @@ def solve(
     process = Process()
 
     def draw(_t: int) -> Tensor:
-        return torch.stack([torch.randn(3, SIZE, SIZE, generator=g) for g in generators]).to(device)
+        return torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
 
     x_T = draw(process.T)
     if mean:
@@ -173,8 +175,8 @@ def generate(
             predict = guided(network, process, y, o.w, o.guide, o.rescale)
             generators = [image_generator(o.seed, *image) for image in full]
             with autocast(device, o.bf16):
-                x_0 = solve(predict, o.sampler, steps, generators, device, eta=o.eta, mean=o.mean)
-                images.append(to_uint8(x_0)[: len(part)])
+                x_0 = solve(predict, o.sampler, steps, generators, device, eta=o.eta, mean=o.mean, size=network.size)
+                images.append(to_uint8(resize(x_0, SIZE))[: len(part)])
             progress.update(len(part))
     return torch.cat(images)
 
@@ -195,7 +197,8 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
             bar.update()
             return predict(x, t)
 
-        solve(counted, "ddpm", [], [image_generator(o.seed, digit, 1)], device, watch, mean=o.mean)
+        start = [image_generator(o.seed, digit, 1)]
+        solve(counted, "ddpm", [], start, device, watch, mean=o.mean, size=network.size)
     plot_images([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path, columns=len(FIGURE_T))
 
 

@@ -33,7 +33,7 @@ from common.parallel import average_gradients, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
 from common.trainer import Part, Trainer
-from datasets.augment import normalise
+from datasets.augment import normalise, resize
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
 from datasets.images import cache_file, describe, hold_out
 from metrics.classify import accuracy, load_classifier
@@ -46,6 +46,7 @@ from p2_test import generate
 RECIPES = {
     "ours": {
         "predicts": "velocity",
+        "size": 28,
         "batch_size": 128,
         "steps": 30_000,
         "ema": 0.9995,
@@ -56,6 +57,7 @@ RECIPES = {
     },
     "report": {
         "predicts": "noise",
+        "size": 32,
         "batch_size": 64,
         "steps": 140_000,
         "ema": 0.995,
@@ -81,6 +83,9 @@ def build_parser() -> Parser:
     parser.add_argument("--lr", type=positive_float, default=3e-4, help="AdamW learning rate")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average; 0 for none")
     parser.add_argument("--predicts", choices=("noise", "velocity"), help="* what the network's output means")
+    parser.add_argument(
+        "--size", type=int, choices=(28, 32), help="* digits are padded in the network, or resized to 32"
+    )
     parser.add_argument("--gamma", type=weight, help="* highest weight of the image error (min-SNR); 0 for none")
     parser.add_argument("--floor", type=weight, help="* lowest weight of the image error (truncated SNR); 0 for none")
     parser.add_argument("--drop", type=share_of_one, default=0.1, help="share of labels dropped, for guidance")
@@ -154,10 +159,11 @@ class DiffusionTrainer(Trainer):
             before = history(card)
             if card["config"]["dim"] != o.dim:
                 raise UserError(f"{o.init}: holds a network of {card['config']}; give the same --dim")
-            self.network.predicts = o.predicts  # weights that predict the noise are a good start for the velocity
+            # weights that predict the noise are a good start for the velocity
+            self.network.predicts, self.network.size = o.predicts, o.size
             self.network.train()
         else:
-            self.network = UNet_conditional(dim=o.dim, predicts=o.predicts)
+            self.network = UNet_conditional(dim=o.dim, predicts=o.predicts, size=o.size)
         self.network.to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.network, o.ema)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), o.lr, fused=True)
@@ -176,7 +182,7 @@ class DiffusionTrainer(Trainer):
         o, device = self.o, self.device
         random = step_generator(device, o.seed, self.step)
         rows = torch.randint(len(self.images), (o.batch_size,), generator=random, device=device)
-        x_0 = normalise(self.images[rows]).contiguous(memory_format=torch.channels_last)
+        x_0 = resize(normalise(self.images[rows]), o.size).contiguous(memory_format=torch.channels_last)
         t = torch.randint(1, self.process.T + 1, (o.batch_size,), generator=random, device=device)
         eps = torch.randn(x_0.shape, generator=random, device=device)
         draws = torch.rand(o.batch_size if o.drop_per == "sample" else 1, generator=random, device=device)
@@ -212,7 +218,7 @@ class DiffusionTrainer(Trainer):
         return {"mean": [round(c, 1) for c in colour_statistics(self.images)[:3].tolist()]}  # for p2_test.py --mean
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
-        return "unet", {"dim": self.o.dim, "predicts": self.o.predicts}, self.average.state_dict()
+        return "unet", {name: getattr(self.o, name) for name in ("dim", "predicts", "size")}, self.average.state_dict()
 
 
 def main() -> None:

@@ -10,6 +10,11 @@ def normalise(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def resize(x: Tensor, size: int) -> Tensor:
+    """(N, C, H, H) -> (N, C, size, size), bilinear; averages where it shrinks. The same tensor when it fits."""
+    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+
+
 def _uniform(x: Tensor, generator: Generator) -> Tensor:
     return torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device, dtype=torch.float32)
 

@@ -112,12 +112,13 @@ class UNet_conditional(nn.Module):
     noise. Nothing in the network changes with it.
     A label of -1 means unconditional: its embedding is left out of the code. H and W are padded to a multiple of 8
     by reflection and the output is cropped back, so 28x28 digits are predicted at 32x32 and nothing is resized.
-    ``dim`` is the width of the first layer; the report has 64.
+    ``dim`` is the width of the first layer; the report has 64. ``size`` is the side of the images it is trained on,
+    for those who sample from it: 28, or 32 as in the report, which resizes digits. The layers take any.
     """
 
-    def __init__(self, dim: int = 64, classes: int = 10, predicts: str = "noise"):
+    def __init__(self, dim: int = 64, classes: int = 10, predicts: str = "noise", size: int = 28):
         super().__init__()
-        self.predicts = predicts
+        self.predicts, self.size = predicts, size
         self.inc = DoubleConv(3, dim)
         self.down1 = Down(dim, dim * 2)
         self.sa1 = SelfAttention(dim * 2)

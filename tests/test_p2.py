@@ -14,6 +14,7 @@ import p2_test
 import p2_train
 from common.checkpoint import load_state, load_weights, save_weights
 from common.results import read_results
+from datasets.augment import normalise, resize
 from datasets.digits import load_digits
 from metrics.classify import accuracy, load_classifier
 from metrics.colour import COLOURS
@@ -61,7 +62,7 @@ def test_a_run_leaves_everything_a_reader_needs(digits, tmp_path, mean_inception
     assert [row["step"] for row in rows] == ["2", "4"]
     assert all(rows[1][name] for name in ("loss", "accuracy", "fd", "mean_r", "std_b"))
     state, card = load_weights(folder / "best.safetensors")
-    assert card["config"] == {"dim": 4, "predicts": "velocity"}
+    assert card["config"] == {"dim": 4, "predicts": "velocity", "size": 28}
     assert card["options"]["gamma"] == 5
     UNet_conditional(**card["config"]).load_state_dict(state)
     trained_on = load_digits(digits, "train")[:54].float()  # 6 of 60 are held out
@@ -130,6 +131,33 @@ def test_labels_are_dropped(digits, tmp_path, mean_inception, monkeypatch, drop_
     assert dropped.any(1).equal(dropped.all(1)) == (drop_per == "batch")
 
 
+def test_resized_digits(digits, tmp_path, mean_inception, monkeypatch):
+    """With --size 32 the network learns, and samples, images of 32x32; what is saved and scored has 28x28."""
+    seen = []
+    loss = p2_train.training_loss
+
+    def watched(network, process, x_0, *rest):
+        seen.append(x_0)
+        return loss(network, process, x_0, *rest)
+
+    monkeypatch.setattr(p2_train, "training_loss", watched)
+    assert train(digits, tmp_path, "--steps", 1, "--batch-size", 2, "--size", 32).code == 0
+    (x_0,) = seen
+    assert x_0.shape == (2, 3, 32, 32)
+    small = normalise(load_digits(digits, "train")[:54])
+    assert ((resize(x_0, 28)[:, None] - small).abs().mean((2, 3, 4)).amin(1) < 0.1).all()
+    with Image.open(tmp_path / "p2_000" / "samples" / "0000001.png") as image:
+        assert image.size == (302, 302)
+    weights = tmp_path / "p2_000" / "last.safetensors"
+    shapes = []
+    monkeypatch.setattr(UNet_conditional, "forward", lambda self, x, *_: shapes.append(x.shape) or x)
+    options = ("--weights", weights, "--per-digit", 1, "--sampler", "ddim", "--steps", 1)
+    assert run(p2_test.main, "--out", tmp_path / "out", *options).code == 0
+    assert {shape[2:] for shape in shapes} == {(32, 32)}
+    with Image.open(tmp_path / "out" / "0_001.png") as image:
+        assert image.size == (28, 28)
+
+
 @pytest.mark.parametrize("predicts", ["noise", "velocity"])
 def test_the_loss_falls(digits, tmp_path, monkeypatch, predicts):
     monkeypatch.setattr(p2_train.DiffusionTrainer, "picture", lambda self: None)
@@ -144,6 +172,7 @@ def test_recipes():
     assert (ours.ema, ours.gamma, ours.floor, ours.drop_per, ours.anneal) == (0.9995, 5, 0.5, "sample", True)
     assert (report.ema, report.gamma, report.floor, report.drop_per, report.anneal) == (0.995, 0, 0, "batch", False)
     assert (ours.predicts, report.predicts) == ("velocity", "noise")
+    assert (ours.size, report.size) == (28, 32)
     assert (report.batch_size, report.lr, report.steps) == (64, 3e-4, 9)
 
 
