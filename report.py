@@ -53,7 +53,7 @@ METHODS = {  # (method, network): title
     ("target", "dann"): "trained on target",
     ("target", "resnet34"): "trained on target, ResNet34",
 }
-SETTING = ("--model", "--students", "--batch-size", "--steps")  # runs that differ in these are not compared
+SETTING = ("--model", "--students", "--dim", "--batch-size", "--steps")  # runs that differ in these are not compared
 # options of the training scripts, with a value, that are no part of a recipe
 NO_RECIPE = {"--method", "--target", "--seed", "--data", "--out", "--record"}
 NO_RECIPE |= {"--eval-every", "--eval-images", "--sample-every", "--save-every", "--device"}
