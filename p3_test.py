@@ -89,7 +89,9 @@ def good_images(folder: Path, skip_bad: bool) -> tuple[list[Path], set[bool]]:
             bad.append(path)
     if bad:
         what = f"{len(bad)} of {len(bad) + len(good)} files cannot be read or are not 28x28: {name_some(bad)}"
-        if not skip_bad or not good:
+        if not good:
+            raise UserError(f"{what}; give a folder of digits")
+        if not skip_bad:
             raise UserError(f"{what}; remove them, or leave them out with --skip-bad")
         print(f"note: left out: {what}", file=sys.stderr)
     return good, gray or {True}

@@ -1,7 +1,7 @@
 """Images on disk -> one uint8 tensor, decoded once, cached. Shared by all data sets.
 
 Three forms are read:
-- a folder of image files (PNG, JPEG, WebP, BMP), in the order of their names;
+- a folder of image files (PNG, JPEG, WebP, BMP, GIF, TIFF, PGM, PPM), in the order of their names;
 - a folder ``data/`` and the files of it that a CSV lists, in the order of the list;
 - packed mosaics: ``SPLIT_00.jpg, SPLIT_01.jpg, ...`` (or ``.webp``, ``.png``), each a grid of tiles with
   50 columns, filled row by row, and ``SPLIT.csv`` whose column ``image_name`` lists the tiles in order.
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import atomic, check_writable
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 COLUMNS = 50  # tiles per row of a mosaic
 FORMAT = "2"  # raise when decoding changes, so that older caches are rebuilt
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad files

@@ -30,7 +30,7 @@ from datasets.images import UNREADABLE
 
 FIRST_OF_VAL, FIRST_OF_TEST = 162_771, 182_638  # file numbers at which CelebA's official partition changes
 BSDS_URL = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
-DAMAGED = (*UNREADABLE, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, NotImplementedError)
+DAMAGED = (*UNREADABLE, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, RuntimeError)
 
 
 class Source:
@@ -59,7 +59,8 @@ class Source:
                     self.files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
             except DAMAGED as error:
                 raise UserError(
-                    f"{path}: not a whole zip or tar archive ({first_line(error)}); download it again"
+                    f"{path}: not a whole zip or tar archive ({first_line(error)}); download it again, or give the "
+                    "folder of the files"
                 ) from None
             self.sizes = {name: len(content) for name, content in self.files.items()}
             self.read_file = bytes
@@ -178,7 +179,14 @@ def load_photographs(source: Source) -> list[np.ndarray]:
         raise UserError(f"{source.path}: holds no .jpg; give BSR_bsds500.tgz or its folder images")
     if len(names) != 500:
         print(f"note: BSDS500 has 500 photographs, {source.path} has {len(names)}", file=sys.stderr)
-    return [source.parse(name, parse_image) for name in names]
+    return [source.parse(name, parse_photograph) for name in names]
+
+
+def parse_photograph(data: bytes) -> np.ndarray:
+    image = parse_image(data)
+    if min(image.shape[:2]) < 28:
+        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels, a digit has 28x28")
+    return image
 
 
 def parse_image(data: bytes) -> np.ndarray:
@@ -191,7 +199,10 @@ def load_svhn(source: Source) -> tuple[np.ndarray, np.ndarray]:
     from scipy.io import loadmat
 
     def parse(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-        content = loadmat(io.BytesIO(data))
+        try:
+            content = loadmat(io.BytesIO(data))
+        except Exception as error:  # whatever a cut file leads SciPy to
+            raise ValueError(first_line(error)) from None
         return content["X"].transpose(3, 0, 1, 2), content["y"].flatten() % 10
 
     parts = [source.parse(source.find(f"{part}_32x32.mat"), parse) for part in ("train", "test")]
@@ -223,7 +234,7 @@ class Celeba:
         self.names = self.images.names(".jpg")
         if not self.names:
             raise UserError(f"{path}: holds no .jpg; give img_align_celeba.zip or the folder that holds it")
-        beside = {p.name: p for p in path.parent.iterdir()} if path.is_file() else {}
+        beside = {p.name: p for p in path.absolute().parent.iterdir()}
 
         def read_list(name: str) -> dict[str, int] | None:
             if name not in lists and name not in beside:

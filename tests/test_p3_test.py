@@ -94,6 +94,19 @@ def test_bad_and_foreign_images_are_named(tmp_path, capsys):
     assert classify(folder, out, "--skip-bad").code == 0
     assert [name for name, _ in rows(out)[1:]] == [paths[i].name for i in (0, 2, 3, 5)]
     assert str(paths[4]) in capsys.readouterr().err
+    for i in (0, 2, 3, 5):
+        paths[i].unlink()
+    assert_user_error(classify(folder, out, "--skip-bad"), "2 of 2", "give a folder of digits")
+
+
+def test_every_format_of_images_is_labelled(tmp_path):
+    folder, out = tmp_path / "usps", tmp_path / "labels.csv"
+    folder.mkdir()
+    names = ["a.bmp", "b.gif", "c.pgm", "d.png", "e.tif", "f.tiff"]
+    for name, image in zip(names, smooth_images(6, 28, 1), strict=True):
+        Image.fromarray(image.squeeze()).save(folder / name)
+    assert classify(folder, out).code == 0
+    assert rows(out)[1:] == [[name, "5"] for name in names]
 
 
 def test_a_label_depends_on_its_image_only(tmp_path, weights):

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import dump_svmlight_file
 
+from common.errors import UserError
 from datasets import prepare, sources
 from datasets.digits import load_digits, load_labels
 from datasets.faces import load_faces
@@ -229,9 +230,11 @@ def test_faces_by_person(published, tmp_path):
     assert [len(names) for names in chosen.values()] == [4, 2, 1]
     persons = [{int(name[:6]) % 5 for name in names} for names in chosen.values()]
     assert not (persons[0] & persons[1] or persons[0] & persons[2] or persons[1] & persons[2])
+    (celeba / "identity_CelebA.txt").rename(tmp_path / "identity_CelebA.txt")
+    assert sources.Celeba(celeba).split({"train": 4, "val": 2, "test": 1}) == chosen  # beside the folder
     for number in (170_000, 170_001, 190_000):
         Image.new("RGB", (178, 218)).save(celeba / f"{number}.jpg")
-    (celeba / "identity_CelebA.txt").unlink()
+    (tmp_path / "identity_CelebA.txt").unlink()
     chosen = sources.Celeba(celeba).split({"train": 4, "val": 2, "test": 1})
     assert chosen["val"] == ["170000.jpg", "170001.jpg"]
     assert chosen["test"] == ["190000.jpg"]
@@ -267,6 +270,41 @@ def test_damaged_and_missing_files(published, tmp_path):
         (copy / name).write_bytes(whole)
     (copy / "celeba" / "list_eval_partition.txt").write_text("000001.jpg\n")
     fails("face", copy / "celeba", "list_eval_partition.txt")
+
+
+def test_every_cut_of_a_mat_file_is_named(published, tmp_path):
+    shutil.copytree(published / "svhn", tmp_path / "svhn")
+    whole = (tmp_path / "svhn" / "test_32x32.mat").read_bytes()
+    for length in (0, 1, 127, 128, 130, 136, 150, 200, len(whole) // 3, len(whole) - 9, len(whole) - 1):
+        damage(tmp_path / "svhn" / "test_32x32.mat", whole[:length])
+        with pytest.raises(UserError, match=r"svhn: test_32x32\.mat: cannot be read \(.+\); download it again"):
+            sources.load_svhn(sources.Source(tmp_path / "svhn"))
+
+
+def test_an_encrypted_zip(tmp_path):
+    path = tmp_path / "img_align_celeba.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in (1, 170_000, 190_000):
+            archive.writestr(f"{i:06d}.jpg", encoded(np.zeros((218, 178, 3), np.uint8)))
+    content = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # bit 0 of the flags of every file: encrypted
+        at = -1
+        while (at := content.find(signature, at + 1)) >= 0:
+            content[at + flags] |= 1
+    path.write_bytes(content)
+    options = ("--only", "face", "--celeba", path, "--face-counts", 1, 1, 1)
+    assert_user_error(run(prepare.main, tmp_path / "out", *options), path, "000001.jpg", "encrypted")
+
+
+def test_a_file_in_place_of_its_folder(published, tmp_path):
+    outcome = run(prepare.main, tmp_path, "--only", "usps", "--usps", published / "usps" / "usps.bz2")
+    assert_user_error(outcome, "usps.bz2", "give the folder of the files")
+
+
+def test_photographs_smaller_than_a_digit(published, tmp_path):
+    damage(tmp_path / "bsds" / "a.jpg", encoded(np.zeros((27, 40, 3), np.uint8)))
+    outcome = build(published, tmp_path / "out", "--only", "mnistm", "--bsds", tmp_path / "bsds")
+    assert_user_error(outcome, "a.jpg", "40x27 pixels")
 
 
 def test_checksum_of_the_photographs(published, tmp_path):

@@ -22,6 +22,13 @@ def test_faces_from_another_directory(tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["0001.png", "0002.png", "0003.png"]
 
 
+def test_through_a_link(tmp_path):
+    (tmp_path / "faces.sh").symlink_to(ROOT / "hw2_1.sh")
+    done = bash("faces.sh", "out", "--count", 2, "--device", "cpu", cwd=tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["0001.png", "0002.png"]
+
+
 def test_a_user_error_is_one_line(tmp_path):
     (tmp_path / "out").write_text("")
     done = bash(ROOT / "hw2_1.sh", "out", cwd=tmp_path, PYTHON=sys.executable)
