@@ -23,7 +23,7 @@ from common.errors import Parser, UserError, run_main
 from common.files import check_apart, check_file, check_writable
 from common.options import add_dims_option, positive_int, seed
 from common.pictures import save_images, save_png, sheet, to_uint8
-from common.results import add_record_option, check_record, record
+from common.results import add_record_option, check_record, record, weights_name
 from models.dcgan import Generator
 
 WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p1_sngan.safetensors"
@@ -127,7 +127,7 @@ def main() -> None:
     if judge:
         scores = judge([o.out / name for name in names])
         if o.record:
-            key = {"weights": "real" if o.real else o.weights.stem, "images": o.count, "seed": o.seed}
+            key = {"weights": "real" if o.real else weights_name(o.weights), "images": o.count, "seed": o.seed}
             record(o.record, key, scores, None if o.real else o.weights, device)
 
 

@@ -26,7 +26,7 @@ from common.errors import Parser, UserError, run_main
 from common.files import check_apart, check_file, check_writable
 from common.options import add_dims_option, positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
-from common.results import add_record_option, check_record, record
+from common.results import add_record_option, check_record, record, weights_name
 from datasets.augment import resize
 from datasets.digits import CLASSES, SIZE
 from models.diffusion import Predict, Process, Watch, ddim, ddpm, dpm_solver_pp, guided, timesteps
@@ -339,7 +339,7 @@ def main() -> None:
         scores = judge([o.out / name for name in names], labels, o.neighbours, o.unsure)
         if o.record:
             settings = (*FAST, "power", "digits", "per_digit", "seed")
-            key = {"weights": o.weights.stem, "scored": judge.scored}
+            key = {"weights": weights_name(o.weights), "scored": judge.scored}
             key |= {name: getattr(o, name) for name in settings}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)
 

@@ -26,6 +26,12 @@ def weights_id(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
+def weights_name(path: Path) -> str:
+    """What a weight file is called in result files: its name, after that of its run folder where it lies in one."""
+    path = Path(path).resolve()
+    return f"{path.parent.name}/{path.stem}" if (path.parent / "options.json").exists() else path.stem
+
+
 def read_results(path: Path) -> list[dict]:
     """The rows of a result file. Raises UserError when it is missing or something else."""
     try:

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
@@ -78,11 +79,14 @@ def resume_options(parser: argparse.ArgumentParser, options: argparse.Namespace,
     """
     path = options.resume / "options.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["options"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        saved, script = record["options"], Path(shlex.split(record["command"])[1]).name
     except FileNotFoundError:
         raise UserError(f"{path}: not found; --resume takes a run folder, such as runs/p1_sngan_000") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; start a new run") from None
+    if script != Path(sys.argv[0]).name:
+        raise UserError(f"{options.resume}: is a run of {script}; resume it with python3 {script}")
     given, asked = given_options(parser, argv), to_json(options)
     changed = [k for k in sorted(given - FREE_ON_RESUME) if asked[k] != saved.get(k)]
     if changed:
@@ -144,6 +148,15 @@ class Run:
     def record(self) -> dict:
         """What options.json holds: command and commit that started the run, its options, what resumed it."""
         return json.loads((self.folder / "options.json").read_text(encoding="utf-8"))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the folder from other processes. Raises UserError when one trains in it."""
+        try:
+            with alone_in(make_folder(self.folder / "samples"), wait=False):
+                yield
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: is being trained by another process; wait for it, or stop it") from None
 
     def log(self, row: dict[str, object]) -> None:
         """Append a row to metrics.csv. The first row decides the columns; floats keep 5 significant digits."""

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Protocol
 
@@ -64,12 +65,17 @@ class Trainer:
         self.sums, self.since = torch.zeros(len(self.losses), device=device), 0
         if o.resume:
             self.run = Run(o.resume)
-            elapsed = self.restore()
+            with self.alone():
+                elapsed = self.restore()
         else:
             self.run = Run.start(name, o, before) if is_first() else Run(o.out)  # the others write nothing
         self.budget = Budget(o.steps, o.max_minutes, elapsed)
         self.clock = self.last_save = time.monotonic()
         torch.backends.cudnn.benchmark = True
+
+    def alone(self) -> AbstractContextManager:
+        """Keep other trainings out of the run folder. Raises UserError when there is one."""
+        return self.run.alone() if is_first() else nullcontext()
 
     @property
     def life(self) -> float:
@@ -204,7 +210,7 @@ class Trainer:
         bar = tqdm(
             initial=self.step, total=self.o.steps, unit="step", desc=self.run.folder.name, disable=not is_first()
         )
-        with StopFlag() as stop, bar:
+        with self.alone(), StopFlag() as stop, bar:
             try:
                 stopped = self.loop(bar, stop)
             except BrokenPipeError:  # Ctrl-C has stopped what reads the output, as ``tee`` does, before this script

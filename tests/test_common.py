@@ -23,7 +23,7 @@ from common.ema import EMA
 from common.errors import Parser, UserError, describe_os_error
 from common.files import atomic, check_file, check_writable
 from common.pictures import save_images, sheet, to_uint8
-from common.results import check_record, read_results, record
+from common.results import check_record, read_results, record, weights_name
 from common.run import Budget, Run, StopFlag, annealed, given_options, resume_options
 from tests.helpers import ROOT, assert_user_error, run
 
@@ -248,10 +248,12 @@ def test_given_options_are_told_from_defaults():
     assert given_options(parser, []) == set()
 
 
-def test_resume_names_every_changed_option(tmp_path):
+def test_resume_names_every_changed_option(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["./p1_train.py"])
     parser = options_parser()
     saved = {"lr": 0.2, "flip": True, "data": "d", "out": "o", "resume": None}
-    (tmp_path / "options.json").write_text(json.dumps({"options": saved}))
+    command = {"command": "python3 p1_train.py --lr 0.2"}
+    (tmp_path / "options.json").write_text(json.dumps(command | {"options": saved}))
 
     def resumed(*argv: str) -> argparse.Namespace:
         argv = ["--resume", str(tmp_path), *argv]
@@ -261,9 +263,13 @@ def test_resume_names_every_changed_option(tmp_path):
     assert resumed("--lr", "0.2", "--data", "elsewhere").data.name == "elsewhere"
     with pytest.raises(UserError, match=r"--flip \(run True, given False\), --lr \(run 0\.2, given 0\.1\)"):
         resumed("--lr", "0.1", "--no-flip")
-    (tmp_path / "options.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    (tmp_path / "options.json").write_text(json.dumps({"command": "python3 p9_train.py", "options": saved}))
+    with pytest.raises(UserError, match=r"is a run of p9_train\.py; resume it with python3 p9_train\.py"):
         resumed()
+    for damaged in ("{", "[]", "{}", '{"command": "", "options": {}}', '{"command": 1, "options": {}}'):
+        (tmp_path / "options.json").write_text(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            resumed()
     with pytest.raises(UserError, match="not found"):
         resume_options(parser, argparse.Namespace(resume=tmp_path / "none"), [])
 
@@ -294,6 +300,22 @@ def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: Run.start("p1", o).folder.name, range(8)))
     assert sorted(folders) == sorted(f"p1_{number}" for number in range(999, 1007))
+
+
+def test_weights_of_runs_have_names_of_their_own(tmp_path):
+    run = Run.start("p1", argparse.Namespace(out=tmp_path, resume=None))
+    assert weights_name(run.folder / "last.safetensors") == "p1_000/last"
+    assert weights_name(tmp_path / "p1_sngan.safetensors") == "p1_sngan"
+
+
+def test_what_a_link_points_to_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "labels.csv"
+    link.symlink_to(tmp_path / "there" / "real.csv")
+    with atomic(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert (tmp_path / "there" / "real.csv").read_text() == "new"
 
 
 def test_pixels_are_rounded_and_clamped():

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import classifier_train
+import p1_train
 import p2_test
 import p2_train
 from common.checkpoint import load_state, load_weights, save_weights
@@ -88,6 +89,25 @@ def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
     for part in ("network", "average"):
         for key, tensor in a["parts"][part].items():
             assert torch.equal(tensor, b["parts"][part][key]), (part, key)
+
+
+def test_a_run_is_trained_by_one_process(digits, tmp_path, mean_inception, monkeypatch):
+    """A second --resume is refused while the run is being trained, and changes nothing; later it is not."""
+    update, seen = p2_train.DiffusionTrainer.update, []
+
+    def again(self):
+        if self.step == 2 and not seen:
+            before = (folder / "options.json").read_bytes()
+            seen.append(run(p2_train.main, "--resume", folder))
+            assert (folder / "options.json").read_bytes() == before
+        return update(self)
+
+    folder = tmp_path / "p2_000"
+    monkeypatch.setattr(p2_train.DiffusionTrainer, "update", again)
+    assert train(digits, tmp_path, "--steps", 3, "--save-every", 1e-9).code == 0
+    assert_user_error(seen[0], folder, "is being trained by another process")
+    assert run(p2_train.main, "--resume", folder, "--steps", 4).code == 0
+    assert_user_error(run(p1_train.main, "--resume", folder), folder, "is a run of p2_train.py")
 
 
 def test_training_goes_on_from_finished_weights(digits, tmp_path, mean_inception):
