@@ -458,7 +458,7 @@ SAMPLERS = """\
 Scores are against the held-out training digits: a sampler is chosen without the validation digits. Rows of as many
 images start from the same noise, and distances can be compared between them only: those of fewer images are larger.
 Colour off: the largest difference of the means of red, green and blue, and of their deviations. Calls: of the network,
-for an image. Times can be compared on one processor only; two runs that were paused have none."""
+for an image. Times, with other work beside, can be compared on one processor only."""
 
 RECIPES = """\
 Rows with the same first column can be compared: runs of the same length, annealed within it where the recipe anneals,

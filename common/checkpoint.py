@@ -68,7 +68,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     data = path.read_bytes()
     expected = read_checksums(path.parent).get(path.name)
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-        raise UserError(f"{path}: damaged, it does not match its line in {path.parent / CHECKSUMS}; {RESTORE}")
+        sums = path.parent / CHECKSUMS
+        raise UserError(f"{path}: damaged, or not the weights of {sums}; {RESTORE}, or remove its line from {sums}")
     try:
         tensors = load_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # the safetensors format
