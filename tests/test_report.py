@@ -12,6 +12,7 @@ import torch
 import p2_test
 import p3_test
 import report
+import report_tables as tables
 from common.checkpoint import save_weights
 from common.pictures import plot_images
 from common.results import weights_id
@@ -30,7 +31,7 @@ def study(tmp_path, monkeypatch):
     results.mkdir()
     checkpoints.mkdir()
     for name in ("CHECKPOINTS", "RESULTS", "HERE"):
-        monkeypatch.setattr(report, name, {"CHECKPOINTS": checkpoints, "RESULTS": results}.get(name, tmp_path))
+        monkeypatch.setattr(tables, name, {"CHECKPOINTS": checkpoints, "RESULTS": results}.get(name, tmp_path))
     common = {"steps": 1234, "minutes": 5.2, "hardware": "an abacus", "options": {"batch_size": 16}}
     common |= {"command": "python3 p1_train.py", "commit": "abc"}
     torch.manual_seed(0)
@@ -112,39 +113,39 @@ def build(study, *options: object):
 
 
 def test_tables_are_means_over_the_rows_of_these_weights(study):
-    faces = report.faces_table().splitlines()
+    faces = tables.faces_table().splitlines()
     assert faces[0] == "| 1,000 images of | seeds | FD-768 | exactly one face | published report |"
     assert faces[2] == "| training data (the floor) | 1 | 0.076 | 94.1 % |  |"
     assert "| SNGAN | 5 | 0.520 ± 0.016 | 97.0 ± 1.6 % | FID 25.66, faces 92.2 % |" in faces
-    samplers = report.samplers_table().splitlines()
+    samplers = tables.samplers_table().splitlines()
     assert len(samplers) == 4  # the row of other weights is left out
     settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
     assert samplers[3] == f"| {settings} | {scores} | 75 | 1000 | an abacus |"
-    digits = report.digits_table()
+    digits = tables.digits_table()
     assert "| FD-768 to 2,000 validation digits | 0.400 | 0.0500 |" in digits
     assert "| mean of red, green, blue against validation digits, % | -1.5, -1.5, -1.5 | -1.5, -1.5, -1.5 |" in digits
-    assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  | 6 |" in report.adaptation_table()
-    assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % | 98.50 % |  |" in report.seeds_table()
-    assert report.ablation_table().splitlines()[2:] == [
+    assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  | 6 |" in tables.adaptation_table()
+    assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % | 98.50 % |  |" in tables.seeds_table()
+    assert tables.ablation_table().splitlines()[2:] == [
         "| DANN `--students 0 --steps 9` | as it is | 3 |  | 70.0 ± 10.0 % |",
         "| DANN `--students 0 --steps 9` | `--adversary 1` | 2 |  | -3.0 ± 1.4 |",
         "| DANN `--students 0 --steps 9` | `--gray --size 28` | 3 |  | +1.0 ± 0.0 |",
     ]
-    assert report.face_recipes_table().splitlines()[2:] == [
+    assert tables.face_recipes_table().splitlines()[2:] == [
         "| `--model sngan --steps 9` | `--no-flip` | 1 | 1.250 | 88.0 % |",
         "| `--model sngan --steps 9` | as it is | 2 | 1.500 ± 0.707 | 91.0 ± 1.4 % |",
         "| `--model sngan --steps 9` | `--recipe report` | 1 | 3.000 | 0.7 % |",
     ]
-    assert report.digit_recipes_table().endswith("\n| `--batch-size 4` | `--gamma 0` | 1 | 4.000 | 11.0 % |")
+    assert tables.digit_recipes_table().endswith("\n| `--batch-size 4` | `--gamma 0` | 1 | 4.000 | 11.0 % |")
     (study / "results" / "faces.json").unlink()
-    assert report.faces_table().startswith("Not measured yet")
+    assert tables.faces_table().startswith("Not measured yet")
 
 
 def test_commands_are_split_into_setting_and_changes():
     command = (
         "python3 p1_train.py --model sngan --steps=9 --keep --device cpu --no-flip --ema 0 --data 'a b' --recipe ours"
     )
-    assert report.split_command(command) == ("`--model sngan --steps 9`", "--no-flip --ema 0")
+    assert tables.split_command(command) == ("`--model sngan --steps 9`", "--no-flip --ema 0")
 
 
 def test_without_data_everything_known_is_built(study, calls):
@@ -247,8 +248,8 @@ def test_a_whole_study_is_measured_on_data(study, faces, digits, mean_inception,
 
     monkeypatch.setattr(report, "call", call)
     monkeypatch.setattr(report, "SEEDS", range(2))
-    monkeypatch.setattr(report, "FACES", 12)
-    monkeypatch.setattr(report, "DIGITS", 2)
+    monkeypatch.setattr(tables, "FACES", 12)
+    monkeypatch.setattr(tables, "DIGITS", 2)
     monkeypatch.setattr(p2_test, "SLICE", 2)
     monkeypatch.setattr(p2_test, "FAST", p2_test.FAST | {"steps": 1})
     monkeypatch.setattr(p2_test, "draw_trajectory", lambda *a: plot_images([torch.zeros(3, 8, 8)], ["t = 0"], a[-1], 1))
@@ -301,7 +302,7 @@ def test_a_failing_script_is_named_by_its_own_line(tmp_path, monkeypatch):
 
 def test_scripts_of_the_repository_are_called(study, monkeypatch):
     """With tiny weights, really: digits are generated and drawn by p2_test.py in a process of its own."""
-    monkeypatch.setattr(report, "HERE", ROOT)
+    monkeypatch.setattr(tables, "HERE", ROOT)
     out = study / "digits"
     arguments = ("--weights", study / "checkpoints" / "p2_unet.safetensors", "--per-digit", 1, "--steps", 1)
     report.call("p2_test.py", "--out", out, *arguments, "--grid", study / "grid.png", "--device", "cpu")

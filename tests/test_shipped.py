@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-import report
+import report_tables as tables
 from common.checkpoint import load_network, load_weights, read_checksums
 from common.results import weights_id
 from metrics.classify import load_classifier
@@ -47,9 +47,9 @@ def test_the_shipped_classifier_reads_ten_classes():
     assert logits.shape == (2, 10)
 
 
-HEADLINES = (report.faces_table, report.digits_table, report.adaptation_table)
-DETAILS = (report.samplers_table, report.face_recipes_table, report.digit_recipes_table)
-DETAILS += (report.seeds_table, report.ablation_table)
+HEADLINES = (tables.faces_table, tables.digits_table, tables.adaptation_table)
+DETAILS = (tables.samplers_table, tables.face_recipes_table, tables.digit_recipes_table)
+DETAILS += (tables.seeds_table, tables.ablation_table)
 SHOWN = [("README.md", t) for t in HEADLINES] + [("report/README.md", t) for t in HEADLINES + DETAILS]
 
 
@@ -67,10 +67,10 @@ def test_pictures_of_texts_are_there(file):
     assert sum(picture.stat().st_size for picture in set(shown)) < 4e6
 
 
-@pytest.mark.parametrize("target", report.TARGETS)
+@pytest.mark.parametrize("target", tables.TARGETS)
 def test_the_shipped_seed_is_the_label_free_choice(target):
     """Of the seeds of our method, the one with the best validator, which knows no target label."""
-    rows = report.adaptation_rows(checkpoint="best", method="dann-st", target=target)
+    rows = tables.adaptation_rows(checkpoint="best", method="dann-st", target=target)
     assert len(rows) >= 3
     choice = min(rows, key=lambda row: row["scores"]["validator"])
     assert choice["weights"] == weights_id(ROOT / "checkpoints" / f"p3_{target}.safetensors")
