@@ -27,8 +27,8 @@ def file_in_the_way(path: Path) -> UserError:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success rename it to ``path``, on any error remove it. Raises
     UserError when ``path`` is a folder."""
+    check_replaceable(Path(path))
     path = Path(path).resolve()  # what a symbolic link points to is replaced, not the link
-    check_replaceable(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -46,10 +46,15 @@ def atomic(path: Path) -> Iterator[Path]:
 @contextmanager
 def alone_in(folder: Path, wait: bool = True) -> Iterator[None]:
     """Wait until no other process or thread is in here with the same folder: for files that several scripts change.
-    Raises BlockingIOError instead, without ``wait``."""
+    Raises BlockingIOError instead, without ``wait``. On file systems that have no locks nobody waits."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # ENOSYS, ENOLCK: some network file systems
+            pass
         yield
     finally:
         os.close(handle)

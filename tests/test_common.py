@@ -1,6 +1,7 @@
 """Files, checkpoints, random numbers, averages, options, budgets, pictures."""
 
 import argparse
+import errno
 import json
 import os
 import resource
@@ -306,6 +307,16 @@ def test_weights_of_runs_have_names_of_their_own(tmp_path):
     run = Run.start("p1", argparse.Namespace(out=tmp_path, resume=None))
     assert weights_name(run.folder / "last.safetensors") == "p1_000/last"
     assert weights_name(tmp_path / "p1_sngan.safetensors") == "p1_sngan"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    run = Run.start("p1", argparse.Namespace(out=tmp_path, resume=None))
+    with run.alone(), run.alone():
+        assert run.folder.name == "p1_000"
 
 
 def test_what_a_link_points_to_is_written(tmp_path):
