@@ -64,17 +64,17 @@ RECIPES = {
     "dann": ADAPTED | {"ema": 0.99},
     "dann-st": ADAPTED | {"ema": 0.995, "self_training": 1.0},
 }
-FOR_TARGET = {"svhn": {"neighbours": True}, "usps": {}}
 FIT = {  # how much wider and higher MNIST-M's digits have to be to fill as much of the image as the target's
     "svhn": {"width": (0.75, 1.2), "height": (1.0, 1.5)},
     "usps": {"width": (1.0, 1.5), "height": (1.1, 1.6)},
 }
-FOR_BOTH = {  # what hangs on method and target
-    ("dann", "svhn"): {"steps": 1200, "adversary": 1.0},
+FOR_TARGET = {  # what hangs on method and target
+    ("dann", "svhn"): {"steps": 1200, "adversary": 1.0, "neighbours": True},
     ("dann", "usps"): {"steps": 600, "adversary": 0.3},
     ("dann-st", "svhn"): {
         "steps": 4000,
         "adversary": 0.0,
+        "neighbours": True,
         "cutout": True,
         "negatives": True,
         "fade": True,
@@ -134,7 +134,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 def recipe(o: argparse.Namespace) -> dict[str, object]:
     if o.method in BASELINES:
         return FOR_NETWORK[o.network] | RECIPES[o.method]
-    return RECIPES[o.method] | FOR_TARGET[o.target] | FOR_BOTH[o.method, o.target]
+    return RECIPES[o.method] | FOR_TARGET[o.method, o.target]
 
 
 class DigitTrainer(Trainer):
