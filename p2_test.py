@@ -176,7 +176,7 @@ def generate(
             generators = [image_generator(o.seed, *image) for image in full]
             with autocast(device, o.bf16):
                 x_0 = solve(predict, o.sampler, steps, generators, device, eta=o.eta, mean=o.mean, size=network.size)
-                images.append(to_uint8(resize(x_0, SIZE))[: len(part)])
+                images.append(to_uint8(resize(x_0, SIZE, antialias=True))[: len(part)])
             progress.update(len(part))
     return torch.cat(images)
 

@@ -182,7 +182,7 @@ class DiffusionTrainer(Trainer):
         o, device = self.o, self.device
         random = step_generator(device, o.seed, self.step)
         rows = torch.randint(len(self.images), (o.batch_size,), generator=random, device=device)
-        x_0 = resize(normalise(self.images[rows]), o.size).contiguous(memory_format=torch.channels_last)
+        x_0 = resize(normalise(self.images[rows]), o.size, antialias=True).contiguous(memory_format=torch.channels_last)
         t = torch.randint(1, self.process.T + 1, (o.batch_size,), generator=random, device=device)
         eps = torch.randn(x_0.shape, generator=random, device=device)
         draws = torch.rand(o.batch_size if o.drop_per == "sample" else 1, generator=random, device=device)

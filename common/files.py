@@ -26,7 +26,7 @@ def file_in_the_way(path: Path) -> UserError:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success rename it to ``path``, on any error remove it. Raises
-    UserError when ``path`` is a folder."""
+    UserError when ``path`` is something else than a file."""
     check_replaceable(Path(path))
     path = Path(path).resolve()  # what a symbolic link points to is replaced, not the link
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -85,7 +85,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def check_file(path: Path | None) -> None:
-    """Raises UserError when ``path`` is a folder, OSError when it cannot be written. For use before long work."""
+    """Raises UserError when ``path`` is something else than a file, OSError when it cannot be written. For use before
+    long work."""
     if path:
         check_replaceable(path)
         check_writable(path.parent)

@@ -10,9 +10,9 @@ def normalise(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """(N, C, H, H) -> (N, C, size, size), bilinear; averages where it shrinks. The same tensor when it fits."""
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+def resize(x: Tensor, size: int, antialias: bool = False) -> Tensor:
+    """(N, C, H, H) -> (N, C, size, size), bilinear; with ``antialias`` pixels are averaged where it shrinks."""
+    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", antialias=antialias)
 
 
 def _uniform(x: Tensor, generator: Generator) -> Tensor:
@@ -76,8 +76,7 @@ def digit_input(images: Tensor, size: int, standardised: bool, gray: bool = Fals
     x = normalise(images)
     if gray:
         x = x.mean(1, keepdim=True).expand_as(x)
-    if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    x = resize(x, size)
     return standardise(x) if standardised else x
 
 

@@ -234,12 +234,12 @@ class Celeba:
         self.names = self.images.names(".jpg")
         if not self.names:
             raise UserError(f"{path}: holds no .jpg; give img_align_celeba.zip or the folder that holds it")
-        beside = {p.name: p for p in path.absolute().parent.iterdir()}
 
         def read_list(name: str) -> dict[str, int] | None:
-            if name not in lists and name not in beside:
+            beside = path.absolute().parent / name
+            if name not in lists and not beside.is_file():
                 return None
-            text = lists.read(name) if name in lists else beside[name].read_bytes()
+            text = lists.read(name) if name in lists else beside.read_bytes()
             try:
                 return {image: int(value) for image, value in map(str.split, text.decode("ascii").splitlines())}
             except ValueError:

@@ -203,29 +203,25 @@ def test_annealing_holds_then_falls_to_zero():
     assert [annealed(p) for p in (0, 0.25, 0.5, 0.75, 1, 1.5)] == [1, 1, 1, 0.5, 0, 0]
 
 
-def test_a_training_in_the_background_can_be_interrupted():
-    """Where the shell has it ignore Ctrl-C, ``kill -INT`` still stops it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def stopped_by(number: int, handler: signal.Handlers) -> bool:
+    """Whether a signal stops a training that was started with this handler of it."""
+    before = signal.signal(number, handler)
     try:
         with StopFlag() as flag:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert flag.set
+            os.kill(os.getpid(), number)
+        return flag.set
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_training_in_the_background_can_be_interrupted():
+    """Where the shell has it ignore Ctrl-C, ``kill -INT`` still stops it."""
+    assert stopped_by(signal.SIGINT, signal.SIG_IGN)
 
 
 def test_hangups_are_left_to_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopFlag() as flag:
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert not flag.set
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with StopFlag() as flag:
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert flag.set
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    assert not stopped_by(signal.SIGHUP, signal.SIG_IGN)
+    assert stopped_by(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_budget_is_whichever_ends_first():

@@ -133,39 +133,37 @@ def test_resume_refuses_other_options(digits, tmp_path, mean_inception):
     assert_user_error(outcome, "--gamma (run 5.0, given 0.0)", "--lr (run 0.0003, given 1.0)")
 
 
-@pytest.mark.parametrize("drop_per", ["sample", "batch"])
-def test_labels_are_dropped(digits, tmp_path, mean_inception, monkeypatch, drop_per):
+@pytest.fixture
+def learnt(monkeypatch):
+    """(images, labels) of every update."""
     seen = []
     loss = p2_train.training_loss
 
     def watched(network, process, x_0, y, *rest):
-        seen.append(y)
+        seen.append((x_0, y))
         return loss(network, process, x_0, y, *rest)
 
     monkeypatch.setattr(p2_train, "training_loss", watched)
+    return seen
+
+
+@pytest.mark.parametrize("drop_per", ["sample", "batch"])
+def test_labels_are_dropped(digits, tmp_path, mean_inception, monkeypatch, learnt, drop_per):
     monkeypatch.setattr(p2_train.DiffusionTrainer, "picture", lambda self: None)
     options = ("--steps", 40, "--eval-images", 0, "--drop", 0.3, "--drop-per", drop_per)
     assert train(digits, tmp_path, *options).code == 0
-    dropped = torch.stack(seen) == -1
+    dropped = torch.stack([y for _, y in learnt]) == -1
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.15)
     assert dropped.any(1).equal(dropped.all(1)) == (drop_per == "batch")
 
 
-def test_resized_digits(digits, tmp_path, mean_inception, monkeypatch):
+def test_resized_digits(digits, tmp_path, mean_inception, monkeypatch, learnt):
     """With --size 32 the network learns, and samples, images of 32x32; what is saved and scored has 28x28."""
-    seen = []
-    loss = p2_train.training_loss
-
-    def watched(network, process, x_0, *rest):
-        seen.append(x_0)
-        return loss(network, process, x_0, *rest)
-
-    monkeypatch.setattr(p2_train, "training_loss", watched)
     assert train(digits, tmp_path, "--steps", 1, "--batch-size", 2, "--size", 32).code == 0
-    (x_0,) = seen
+    ((x_0, _),) = learnt
     assert x_0.shape == (2, 3, 32, 32)
     small = normalise(load_digits(digits, "train")[:54])
-    assert ((resize(x_0, 28)[:, None] - small).abs().mean((2, 3, 4)).amin(1) < 0.1).all()
+    assert ((resize(x_0, 28, antialias=True)[:, None] - small).abs().mean((2, 3, 4)).amin(1) < 0.1).all()
     with Image.open(tmp_path / "p2_000" / "samples" / "0000001.png") as image:
         assert image.size == (302, 302)
     weights = tmp_path / "p2_000" / "last.safetensors"
