@@ -24,6 +24,7 @@ from common.files import check_apart, check_file, check_writable
 from common.options import add_dims_option, positive_int, seed
 from common.pictures import save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record, weights_name
+from common.run import given_options
 from models.dcgan import Generator
 
 WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p1_sngan.safetensors"
@@ -47,6 +48,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     for name in ("real", "dims"):
         if getattr(o, name) and not o.evaluate:
             raise UserError(f"--{name}: is about scores; add --evaluate hw2_data/face")
+    useless = given_options(parser, argv) & {"weights", "seed"} if o.real else set()
+    if useless:
+        raise UserError(f"--real: takes the first training faces; leave out {', '.join(f'--{x}' for x in useless)}")
     return o
 
 

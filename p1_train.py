@@ -30,15 +30,15 @@ from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
 from common.options import positive_float, positive_int, several, share_of_one
-from common.parallel import average_gradients, processes, rank, share
+from common.parallel import is_first, processes, rank, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
-from common.trainer import LOG_STEPS, Part, Trainer
+from common.trainer import LOG_STEPS, Part, Trainer, descend
 from datasets.augment import POLICIES, diff_augment, normalise, random_flip
 from datasets.faces import HELD_OUT, load_faces
 from datasets.images import cache_file, describe, hold_out
 from metrics.detect import face_counts, face_rate
-from metrics.frechet import Inception, frechet_distance
+from metrics.frechet import Inception
 from models import dcgan, sngan
 from p1_test import generate
 
@@ -140,26 +140,18 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     z = share(torch.randn(o.batch_size, nets.generator.z_dim, generator=random, device=device))
     if processes() > 1:  # each augments generated images of its own
         random = step_generator(device, o.seed, step, rank())
-    for optimiser, lr in ((nets.opt_d, o.lr_d), (nets.opt_g, o.lr_g)):
-        optimiser.param_groups[0]["lr"] = lr * factor
 
     with autocast(device, o.bf16):
         fake = diff_augment(nets.generator(z), o.augment, random)
         logits_real = nets.discriminator.logits(real).float()
         logits_fake = nets.discriminator.logits(fake.detach()).float()
     loss_d = discriminator_loss(logits_real, logits_fake, o.loss)
-    nets.opt_d.zero_grad(set_to_none=True)
-    loss_d.backward()
-    average_gradients(nets.opt_d)
-    nets.opt_d.step()
+    descend(loss_d, nets.opt_d, o.lr_d * factor)
 
     nets.discriminator.requires_grad_(False)
     with autocast(device, o.bf16):
         loss_g = generator_loss(nets.discriminator.logits(fake).float(), o.loss)
-    nets.opt_g.zero_grad(set_to_none=True)
-    loss_g.backward()
-    average_gradients(nets.opt_g)
-    nets.opt_g.step()
+    descend(loss_g, nets.opt_g, o.lr_g * factor)
     nets.discriminator.requires_grad_(True)
     nets.ema.update(nets.generator, step)
     return torch.stack([loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
@@ -171,21 +163,16 @@ def noise_batches(z_dim: int, device: torch.device, batches: int = 20, size: int
 
 
 class Judge:
-    """Fréchet distance and face rate of a generator against held-out training images, where they can be had."""
+    """Fréchet distance to held-out training faces and face rate of generated images, where they can be had."""
 
-    def __init__(self, held_out: Tensor, count: int, device: torch.device, data: Path):
-        self.held_out, self.count, self.device = held_out, count, device
-        self.cache = cache_file(data, "held_out_features")
-        self.inception = Inception.if_there(device) if count else None
+    def __init__(self, held_out: Tensor, device: torch.device, data: Path):
+        self.held_out, self.cache = held_out, cache_file(data, "held_out_features")
+        self.inception = Inception.if_there(device)
 
-    def __call__(self, generator: nn.Module) -> dict[str, float]:
+    def __call__(self, images: Tensor) -> dict[str, float]:
         scores: dict[str, float] = {}
-        if not self.count:
-            return scores
-        images = generate(generator, self.count, EVAL_SEED, self.device)
         if self.inception:
-            reference = self.inception.reference(self.held_out, self.cache)
-            scores["fd"] = frechet_distance(self.inception.features(images, what="Inception, samples"), reference)
+            scores["fd"] = self.inception.distance(images, self.held_out, self.cache)
         try:
             scores["faces"] = face_rate(face_counts(images))
         except UserError as error:
@@ -210,7 +197,7 @@ class FaceTrainer(Trainer):
         data_id = describe(images)
         self.images, self.nets, self.low = images.to(device), Networks(o, device), 0
         super().__init__(f"p1_{o.model}", o, device, data_id, self.nets.parts)
-        self.judge = Judge(held_out, o.eval_images, device, o.data)
+        self.judge = Judge(held_out, device, o.data) if o.eval_images and is_first() else None
 
     def update(self) -> Tensor:
         return train_step(self.nets, self.images, self.step, self.factor, self.o)
@@ -234,7 +221,9 @@ class FaceTrainer(Trainer):
         return sheet(generate(self.nets.average, 64, EVAL_SEED, self.device), columns=8)
 
     def evaluate(self) -> dict[str, float]:
-        return self.judge(self.nets.average)
+        if not self.judge:
+            return {}
+        return self.judge(generate(self.nets.average, self.o.eval_images, EVAL_SEED, self.device))
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
         return self.o.model, {"z_dim": self.nets.generator.z_dim, "dim": self.o.dim}, self.nets.average.state_dict()

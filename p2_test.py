@@ -5,9 +5,9 @@
   python3 p2_test.py --out some --digits 37 --per-digit 10 --sampler ddpm      # the report's 600 steps
   python3 p2_test.py --out digits --grid grid.png --trajectory trajectory.png  # the report's two figures
 
-Needs nothing but the weight file. Image (digit, number) depends on (weights, sampler, steps, w, seed) alone: not on
-which other images are asked for, and its noise is drawn on the CPU for every device. Scores are computed from the PNG
-files.
+Needs nothing but the weight file. Image (digit, number) depends on weights, settings of the sampler, number format
+(--bf16) and seed alone: not on which other images are asked for, and its noise is drawn on the CPU for every device.
+Scores are computed from the PNG files.
 """
 
 import argparse
@@ -68,7 +68,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--eta", type=float, help="fresh noise in ddim: 0 none, 1 as ddpm (with --sampler: 0)")
     parser.add_argument("--w", type=float, help="guidance: (1 + w) eps_y - w eps; 0 is none (with --sampler: 2)")
     parser.add_argument("--guide", type=int, nargs=2, metavar="T", help="guide from this t to this t only")
-    parser.add_argument("--rescale", type=float, help="guided images keep mean colour, and so much of their contrast")
+    parser.add_argument(
+        "--rescale", type=float, help="share of guidance's contrast taken back; mean colour is kept, too"
+    )
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean colour (0 to 255) of x_T")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
@@ -98,6 +100,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--steps {o.steps}: the process has T = {T}; give at most so many")
     if not 1 <= o.power <= 10:
         raise UserError(f"--power {o.power}: from 1 (even steps) to 10; 1 to 2 make sense")
+    if o.power != 1 and o.sampler == "ddpm":
+        raise UserError(f"--power {o.power}: ddpm takes all {T} steps; leave it out, or use --sampler ddim")
     if not 0 <= o.eta <= 1 or (o.eta and o.sampler != "ddim"):
         raise UserError(f"--eta {o.eta}: from 0 to 1, for --sampler ddim only")
     if not 0 <= o.rescale <= 1:
@@ -108,6 +112,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if not 1 <= o.guide[0] <= o.guide[1] <= T:
         raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
     check_record(o.record, bool(o.evaluate))
+    if o.record and o.classifier:
+        raise UserError(f"--classifier {o.classifier}: rows of --record are of the shipped classifier; leave one out")
     if o.evaluate and len(o.digits) * o.per_digit < 2:
         raise UserError(f"--per-digit {o.per_digit}: a Fréchet distance needs at least 2 images")
     for name in ("held_out", "classifier", "neighbours", "unsure", "dims"):
@@ -278,14 +284,15 @@ class Judge:
     def nearest(self, images: Tensor, path: Path | None) -> dict[str, float]:
         from metrics.neighbours import nearest
 
-        (ours, rows), (real, _) = nearest(images, self.train, 7), nearest(self.real, self.train)
+        distances, rows = nearest(torch.cat([images, self.real]), self.train, 7)
+        ours, real = distances[:, 0].tensor_split([len(images)])
         scores = {}
-        for name, what, d in (("nearest", "samples", ours[:, 0]), ("nearest_real", self.what, real[:, 0])):
+        for name, what, d in (("nearest", "samples", ours), ("nearest_real", self.what, real)):
             least, median = float(d.min()), float(d.median())
             scores |= {f"{name}_least": least, f"{name}_median": median}
             print(f"nearest training digit of {what}: {least:.1f} gray levels at least, {median:.1f} in the median")
         if path:
-            closest = ours[:, 0].argsort()[:10]
+            closest = ours.argsort()[:10]
             rows_of_sheet = [torch.cat([images[i : i + 1], self.train[rows[i]]]) for i in closest]
             save_png(sheet(torch.cat(rows_of_sheet), columns=8), path)
         return scores

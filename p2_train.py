@@ -29,16 +29,16 @@ from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, run_main
 from common.options import positive_float, positive_int, share_of_one, weight
-from common.parallel import average_gradients, share
+from common.parallel import is_first, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
-from common.trainer import Part, Trainer
+from common.trainer import Part, Trainer, descend
 from datasets.augment import normalise, resize
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
 from datasets.images import cache_file, describe, hold_out
 from metrics.classify import accuracy, load_classifier
 from metrics.colour import COLOURS, colour_statistics
-from metrics.frechet import Inception, frechet_distance
+from metrics.frechet import Inception
 from models.diffusion import Process, snr_weight, training_loss
 from models.unet import UNet_conditional
 from p2_test import generate
@@ -130,8 +130,7 @@ class Judge:
         if self.classifier:
             scores["accuracy"] = accuracy(self.classifier, images, labels)
         if self.inception:
-            reference = self.inception.reference(self.held_out, self.cache)
-            scores["fd"] = frechet_distance(self.inception.features(images, what="Inception, samples"), reference)
+            scores["fd"] = self.inception.distance(images, self.held_out, self.cache)
         return scores
 
 
@@ -171,7 +170,7 @@ class DiffusionTrainer(Trainer):
         self.weight = snr_weight(self.process, o.gamma, o.floor).to(device)
         parts: dict[str, Part] = {"network": self.network, "average": self.average, "optimiser": self.optimiser}
         super().__init__("p2", o, device, describe(images), parts, before)
-        self.judge = Judge(held_out, device, o.data) if o.eval_images else None
+        self.judge = Judge(held_out, device, o.data) if o.eval_images and is_first() else None
 
     @property
     def average(self) -> nn.Module:
@@ -187,13 +186,9 @@ class DiffusionTrainer(Trainer):
         eps = torch.randn(x_0.shape, generator=random, device=device)
         draws = torch.rand(o.batch_size if o.drop_per == "sample" else 1, generator=random, device=device)
         y = torch.where(draws < o.drop, -1, self.labels[rows])
-        self.optimiser.param_groups[0]["lr"] = o.lr * self.factor
         with autocast(device, o.bf16):
             loss = training_loss(self.network, self.process, *map(share, (x_0, y, t, eps)), self.weight)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(self.optimiser)
-        self.optimiser.step()
+        descend(loss, self.optimiser, o.lr * self.factor)
         self.ema.update(self.network, self.step)
         return loss.detach()[None]
 

@@ -63,8 +63,12 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{o.errors}: is --out or --evaluate, too; give --errors another file")
     if o.errors and not o.evaluate:
         parser.error("--errors needs --evaluate, the true labels")
-    if o.tsne and not o.images and not o.target:
-        parser.error("--tsne needs --target")
+    if o.tsne and not o.images:
+        if not o.target:
+            parser.error("--tsne needs --target")
+        for name in ("out", "skip_bad", "evaluate"):  # errors and record need the last of these
+            if getattr(o, name):
+                parser.error(f"--{name.replace('_', '-')} needs --images, a folder of digits")
     return o
 
 

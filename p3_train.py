@@ -25,9 +25,9 @@ from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
 from common.options import from_zero, positive_float, positive_int, share_of_one, weight
-from common.parallel import average_gradients, share
+from common.parallel import mean_of_shares, share
 from common.run import add_common_options, given_options, parse_with_resume
-from common.trainer import Trainer
+from common.trainer import Trainer, descend
 from datasets.augment import cutout, digit_input, geometry, negatives, neighbours, soften
 from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
 from datasets.images import describe, hold_out
@@ -46,6 +46,7 @@ OWN = 0.4  # a student labels for itself after this share of its steps
 BASELINES = ("source", "target")
 # options that the baselines have no use for
 USELESS = {"fit", "neighbours", "separate", "adversary", "self_training", "fade", "threshold", "align", "students"}
+USELESS |= {"cutout", "negatives"}
 FOR_NETWORK = {
     "resnet34": {"lr": 1e-3, "weight_decay": 5e-2, "size": 28},
     "dann": {"lr": 5e-4, "weight_decay": 5e-3, "size": 32},
@@ -105,7 +106,9 @@ def build_parser() -> Parser:
     parser.add_argument("--neighbours", action=boolean, default=False, help="* source digits get neighbours (svhn)")
     parser.add_argument("--gray", action=boolean, default=False, help="* see all images in gray")
     parser.add_argument("--negatives", action=boolean, default=False, help="* see target images inverted, too (svhn)")
-    parser.add_argument("--separate", action=boolean, default=False, help="* batch statistics for each domain")
+    parser.add_argument(
+        "--separate", action=boolean, default=False, help="* learn with batch statistics of each domain"
+    )
     parser.add_argument("--adversary", type=weight, default=0.0, help="* weight of the reversed gradient")
     parser.add_argument("--self-training", type=weight, default=0.0, help="* weight of the teacher's labels")
     parser.add_argument("--fade", action=boolean, default=False, help="* source labels count less and less (svhn)")
@@ -128,6 +131,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if o.method in BASELINES and useless:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(useless))
         raise UserError(f"{names}: for adaptation; --method {o.method} does not adapt, leave it out")
+    if o.method in BASELINES and o.network == "resnet34" and "dim" in given_options(parser, argv):
+        raise UserError(f"--dim {o.dim}: the ResNet34 has one width; leave it out, or add --network dann")
+    if o.fit and not o.geometry and "fit" in given_options(parser, argv):
+        raise UserError("--fit: a part of --geometry; leave out --no-geometry")
     return o
 
 
@@ -182,11 +189,7 @@ class DigitTrainer(Trainer):
         return torch.randint(count, (self.o.batch_size,), generator=random, device=self.device)
 
     def descend(self, loss: Tensor) -> None:
-        self.optimiser.param_groups[0]["lr"] = self.o.lr * self.factor
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(self.optimiser)
-        self.optimiser.step()
+        descend(loss, self.optimiser, self.o.lr * self.factor)
         self.ema.update(self.network, self.age)
 
 
@@ -283,7 +286,7 @@ class AdaptationTrainer(DigitTrainer):
         self.domain = DomainClassifier().to(device)
         self.generation = Generation(len(target_images), device)
         extra = {"domain": self.domain, "generation": self.generation}
-        super().__init__(o, network, torch.cat([self.images.cpu()[:500], target_images]), extra)
+        super().__init__(o, network, torch.cat([self.images[:500].cpu(), target_images]), extra)
 
     @property
     def life(self) -> float:
@@ -363,7 +366,8 @@ class AdaptationTrainer(DigitTrainer):
         loss_class = F.cross_entropy(logits_s, share(labels))
         loss_self, kept = domain.new_zeros(()), domain.new_zeros(())
         if o.self_training and self.life >= RAMP:
-            guess, sure = self.teach(share(target), logits_s.detach().softmax(1).max(1).values.mean(), o.align)
+            confidence = mean_of_shares(logits_s.detach().softmax(1).max(1).values.mean())
+            guess, sure = self.teach(share(target), confidence, o.align)
             loss_self = (F.cross_entropy(logits_t, guess, reduction="none") * sure).mean()
             kept = sure.mean()
         weight_of_source = source_factor(self.life) if o.fade else 1.0
@@ -385,7 +389,7 @@ class AdaptationTrainer(DigitTrainer):
         with autocast(self.device, self.o.bf16):
             p = self.classes(target, self.o.negatives)
         if align:
-            p = p / p.mean(0).clamp(min=1e-3)
+            p = p / mean_of_shares(p.mean(0)).clamp(min=1e-3)
             p = p / p.sum(1, keepdim=True)
         confidence, guess = p.max(1)
         return guess, (confidence >= self.o.threshold * reference).float()

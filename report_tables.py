@@ -1,6 +1,6 @@
 """The report's tables: text from result files, which the README shows, too.
 
-Rows count as long as they were measured with the weights at hand.
+Rows of shipped weights count as long as they were measured with the weights at hand.
 """
 
 import shlex
@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import p2_test
-from common.checkpoint import history
+from common.checkpoint import history, load_weights
 from common.errors import UserError
 from common.results import read_results, stored, weights_id
 from models.diffusion import Process, timesteps
@@ -104,7 +104,7 @@ def faces_table() -> str:
     if not names:
         return "Not measured yet: results/faces.json has no rows for these weights."
     if len(names) > 1:
-        raise UserError(f"{path}: mixes {' and '.join(sorted(names))}; measure again with --measure")
+        raise UserError(f"{path}: mixes {' and '.join(sorted(names))}; measure all with the same --dims")
     (fd,) = names
     published = {title: PUBLISHED[name] for name, title in GANS.items()}
     for title, rows in measured.items():
@@ -116,8 +116,12 @@ def faces_table() -> str:
 
 def scored_digits(**key: object) -> list[dict]:
     """Rows of the shipped UNet with the default sampler."""
-    default = p2_test.FAST | {"per_digit": DIGITS, "scored": "val"}
-    return rows_of(RESULTS / "digits.json", weight_file("p2_unet"), **default, **key)
+    weights = weight_file("p2_unet")
+    if not weights.exists():
+        return []
+    mean = load_weights(weights)[1].get("mean", p2_test.FAST["mean"])
+    default = p2_test.FAST | {"mean": mean, "per_digit": DIGITS, "scored": "val"}
+    return rows_of(RESULTS / "digits.json", weights, **default, **key)
 
 
 def digits_table() -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, is_out_of_memory
 from common.files import atomic
 
 CHECKSUMS = "SHA256SUMS"
@@ -112,11 +112,13 @@ def save_state(path: Path, state: dict) -> None:
             raise
 
 
-def load_state(path: Path, device: torch.device) -> dict:
-    """Read a training state onto ``device``. Raises UserError when it is missing or damaged."""
+def load_state(path: Path) -> dict:
+    """Read a training state onto the CPU. Raises UserError when it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no training state here; the run never reached its first save, start a new one")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except UNPICKLING:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UNPICKLING as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: damaged training state; start a new run") from None

@@ -17,8 +17,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.partition(":")[0] == "cuda" and processes() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
     except RuntimeError:

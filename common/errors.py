@@ -34,6 +34,12 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}: {error.strerror or error}; check this path, or choose another place"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python, PyTorch or CUDA says that there is not enough memory."""
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Call ``main`` as a script's entry point: user errors become one line, Ctrl-C and SIGTERM clean up and end."""
     name = Path(sys.argv[0]).name
@@ -47,10 +53,10 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(f"{name}: error: {describe_os_error(error)}")
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        sys.exit(f"{name}: error: not enough memory; lower --batch-size, or choose another --device")
+        sys.exit(f"{name}: error: not enough memory; choose another --device, or lower --batch-size where there is one")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -65,6 +65,16 @@ def agree(*values: float) -> list[float]:
 
 
 @torch.no_grad()
+def mean_of_shares(x: Tensor) -> Tensor:
+    """The mean of a tensor over the processes: of a batch, where each has the mean of its share."""
+    if processes() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= processes()
+    return x
+
+
+@torch.no_grad()
 def average_gradients(optimiser: Optimizer) -> None:
     """Put the mean over the processes in the place of each gradient that ``optimiser`` is about to use."""
     if processes() > 1:

@@ -159,7 +159,7 @@ class Run:
             raise UserError(f"{self.folder}: is being trained by another process; wait for it, or stop it") from None
 
     def log(self, row: dict[str, object]) -> None:
-        """Append a row to metrics.csv. The first row decides the columns; floats keep 5 significant digits."""
+        """Append a row to metrics.csv, of the same columns as all others; floats keep 5 significant digits."""
         row = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
         new = not self.metrics_path.exists()
         with self.metrics_path.open("a", newline="", encoding="utf-8") as f:

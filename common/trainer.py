@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
 from common.device import hardware
-from common.errors import UserError
-from common.parallel import agree, is_first, join, leave
+from common.errors import UserError, is_out_of_memory
+from common.parallel import agree, average_gradients, is_first, join, leave
 from common.pictures import plot_curves, save_png
 from common.results import check_record, record
 from common.run import Budget, Run, StopFlag, annealed
@@ -28,6 +28,15 @@ class Part(Protocol):
 
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> object: ...
+
+
+def descend(loss: Tensor, optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """A step down the gradient of ``loss``, of which every process has computed its share."""
+    optimiser.param_groups[0]["lr"] = lr
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    average_gradients(optimiser)
+    optimiser.step()
 
 
 class Trainer:
@@ -111,7 +120,7 @@ class Trainer:
 
     def restore(self) -> float:
         """Load the saved state; returns the seconds trained so far."""
-        state = load_state(self.run.state_path, self.device)
+        state = load_state(self.run.state_path)
         if state["data"] != self.data_id:
             raise UserError(
                 f"{self.o.data}: not the data that {self.run.folder} was started with; give the same --data"
@@ -120,8 +129,10 @@ class Trainer:
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
             self.step, self.scored, self.best, elapsed = (state[k] for k in ("step", "scored", "best", "elapsed"))
-            self.sums, self.since = state["sums"], state["since"]
-        except (KeyError, ValueError, RuntimeError):
+            self.sums, self.since = state["sums"].to(self.device), state["since"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{self.run.state_path}: of another version of the code; start a new run") from None
         if not (self.run.folder / "best.safetensors").exists():  # deleted: the next evaluation writes another
             self.best, self.scored = None, -1
@@ -222,9 +233,17 @@ class Trainer:
                 self.finish(bar, stopped)
 
     def loop(self, bar: tqdm, stop: StopFlag) -> bool:
-        """Updates until the budget is used up; whether they were stopped before."""
+        """Updates until the budget is used up; whether they were stopped before.
+
+        When the first process, which alone reports, cannot go on, the others end with it, and leave the word to it.
+        """
+        failure: Exception | None = None
         while True:
-            progress, stopped = agree(self.budget.progress(self.step), stop.set)
+            progress, stopped, failed = agree(self.budget.progress(self.step), stop.set, failure is not None)
+            if failure:
+                raise failure
+            if failed:
+                sys.exit(1)
             if progress >= 1 or stopped:
                 return bool(stopped)
             self.progress = progress
@@ -233,7 +252,10 @@ class Trainer:
             self.since += 1
             bar.update()
             if is_first() and self.budget.progress(self.step) < 1:
-                self.report(bar)
+                try:
+                    self.report(bar)
+                except (UserError, OSError) as error:
+                    failure = error
 
     def report(self, bar: tqdm) -> None:
         """What is due after a step: an evaluation, a picture, a row of metrics.csv, the saved state."""
@@ -260,5 +282,7 @@ class Trainer:
         if o.record:
             weights = self.run.folder / "last.safetensors"
             _, card = load_weights(weights)
+            if self.selects not in card["held_out_scores"]:
+                raise UserError(f"{o.record}: no row written, for want of {self.selects} (see the notes above)")
             record(o.record, {"training": card["command"]}, card["held_out_scores"], weights, self.device)
         print(f"done: {self.run.folder / 'best.safetensors'}")

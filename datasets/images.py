@@ -101,8 +101,8 @@ def decode_mosaics(mosaics: list[Path], index: Path, size: int, channels: int = 
             grid = read_image(path, None, channels)
         except UNREADABLE:
             raise UserError(f"{path}: cannot be read; copy it again") from None
-        rows, columns = grid.shape[0] // size, grid.shape[1] // size
-        if columns != COLUMNS or grid.shape[0] % size:
+        rows, columns = grid.shape[0] // size, COLUMNS
+        if grid.shape[1] != columns * size or grid.shape[0] % size:
             raise UserError(f"{path}: {grid.shape[1]}x{grid.shape[0]} is not a mosaic of {size}x{size} tiles")
         tiles = grid.reshape(rows, size, columns, size, channels).swapaxes(1, 2).reshape(-1, size, size, channels)
         tiles = tiles[: count - start]
@@ -114,7 +114,7 @@ def decode_mosaics(mosaics: list[Path], index: Path, size: int, channels: int = 
 
 
 def read_index(path: Path, *columns: str) -> list[dict[str, str]]:
-    """Rows of a CSV with the columns ``image_name`` and ``columns``. Raises UserError when something is missing."""
+    """Rows of a CSV, each with ``image_name`` and ``columns``. Raises UserError when something is missing."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; it must list the images")
@@ -123,9 +123,9 @@ def read_index(path: Path, *columns: str) -> list[dict[str, str]]:
             rows = list(csv.DictReader(f))
     except (UnicodeDecodeError, csv.Error):
         raise UserError(f"{path}: not a CSV file; copy it again") from None
-    missing = [c for c in ("image_name", *columns) if not rows or rows[0].get(c) is None]
+    missing = [c for c in ("image_name", *columns) if not rows or any(row.get(c) is None for row in rows)]
     if missing:
-        raise UserError(f"{path}: needs a header line with {' and '.join(missing)}, and at least one row")
+        raise UserError(f"{path}: needs a header line with {' and '.join(missing)}, and rows that have it")
     return rows
 
 

@@ -75,9 +75,12 @@ class Inception:
 
     @classmethod
     def if_there(cls, device: torch.device) -> "Inception | None":
-        """For training, which goes on without: None, and a note, when the weights cannot be had."""
+        """For training, which goes on without: None, and a note, when the weights cannot be had.
+
+        Always of 768 dimensions, so that scores of a run that moves to another machine can be compared.
+        """
         try:
-            return cls(device)
+            return cls(device, 768)
         except UserError as error:
             tqdm.write(f"note: no Fréchet distance in this run, the last weights are taken as the best: {error}")
             return None
@@ -90,6 +93,10 @@ class Inception:
         """Fréchet distances between two sets of ``features``, one for each of ``sizes``, by their names."""
         pairs = zip(x.split(self.sizes, dim=1), y.split(self.sizes, dim=1), strict=True)
         return {distance_name(size): frechet_distance(a, b) for size, (a, b) in zip(self.sizes, pairs, strict=True)}
+
+    def distance(self, images: Tensor, real: Tensor, cache: Path) -> float:
+        """Fréchet distance of generated to real images, uint8 (N, 3, H, W); for ``cache`` see ``reference``."""
+        return frechet_distance(self.features(images, what="Inception, samples"), self.reference(real, cache))
 
     @torch.inference_mode()
     def features(self, images: Tensor, batch_size: int = 50, what: str = "Inception") -> Tensor:

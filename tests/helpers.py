@@ -88,6 +88,9 @@ class MeanInception:
     def distances(self, x: Tensor, y: Tensor) -> dict[str, float]:
         return {self.name: frechet_distance(x, y)}
 
+    def distance(self, images: Tensor, real: Tensor, cache: Path) -> float:
+        return frechet_distance(self.features(images), self.features(real))
+
     def features(self, images: Tensor, batch_size: int = 50, what: str = "") -> Tensor:
         return torch.nn.functional.avg_pool2d(images.float() / 255, images.shape[-1] // 4).flatten(1)
 

@@ -100,12 +100,21 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_state_round_trip_and_damage(tmp_path):
     path = tmp_path / "state.pt"
     save_state(path, {"a": torch.ones(3), "b": [1, {"c": None}]})
-    assert load_state(path, CPU)["b"] == [1, {"c": None}]
+    assert load_state(path)["b"] == [1, {"c": None}]
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="damaged"):
-        load_state(path, CPU)
+        load_state(path)
     with pytest.raises(UserError, match="no training state"):
-        load_state(tmp_path / "none.pt", CPU)
+        load_state(tmp_path / "none.pt")
+
+
+def test_a_state_is_not_called_damaged_for_want_of_memory(tmp_path, monkeypatch):
+    def load(*_args, **_options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    save_state(tmp_path / "state.pt", {})
+    monkeypatch.setattr(torch, "load", load)
+    assert_user_error(run(lambda: load_state(tmp_path / "state.pt")), "not enough memory")
 
 
 @pytest.fixture
@@ -129,7 +138,14 @@ def test_too_little_memory_is_a_user_error():
     def main(*sizes):
         torch.empty(10**16)
 
-    assert_user_error(run(main), "not enough memory; lower --batch-size")
+    def on_a_gpu():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    def of_python():
+        raise MemoryError
+
+    for lacking in (main, on_a_gpu, of_python):
+        assert_user_error(run(lacking), "not enough memory; choose another --device, or lower --batch-size")
     with pytest.raises(RuntimeError, match="size of tensor"):
         run(lambda: torch.ones(2) + torch.ones(3))
 
@@ -175,6 +191,15 @@ def test_unknown_and_absent_devices():
             pick_device(name)
     with pytest.raises(UserError, match="cuda:99"):
         pick_device("cuda:99")
+
+
+def test_each_of_several_processes_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device("cuda:3") == torch.device("cuda", 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("cuda", "cuda:0"):
+        assert pick_device(name) == torch.device("cuda", 1)
 
 
 def test_average_follows_the_closed_form():

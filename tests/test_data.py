@@ -66,6 +66,14 @@ def test_a_missing_mosaic_is_named(tmp_path):
         load_faces(tmp_path, "train")
 
 
+@pytest.mark.parametrize("size", [(50 * 64 + 20, 64), (49 * 64, 64), (50 * 64, 70)])
+def test_an_image_that_is_no_mosaic_is_named(tmp_path, size):
+    write_mosaics(tmp_path, smooth_images(50, 64), per_mosaic=50)
+    Image.new("RGB", size).save(tmp_path / "train_00.png")
+    with pytest.raises(UserError, match=rf"train_00.png: {size[0]}x{size[1]} is not a mosaic of 64x64 tiles"):
+        load_faces(tmp_path, "train")
+
+
 def test_a_copy_of_a_mosaic(tmp_path):
     """It would shift all labels after it."""
     write_mosaics(tmp_path, smooth_images(130, 64), per_mosaic=100)
@@ -206,7 +214,7 @@ def test_wrong_lists_are_named(tmp_path):
     write_index(index, [("00000.png", 0), ("gone.png", 1), ("00001.png", 2)])
     with pytest.raises(UserError, match=r"train.csv: lists 1 images that are not there: .*gone\.png"):
         load_digits(tmp_path, "train")
-    for text in ("", "image_name,label\n", "name,label\n00000.png,1\n"):
+    for text in ("", "image_name,label\n", "name,label\n00000.png,1\n", "label,image_name\n1,00000.png\n2\n"):
         index.write_text(text)
         with pytest.raises(UserError, match=r"train.csv: needs a header line with image_name"):
             load_digits(tmp_path, "train")

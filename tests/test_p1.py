@@ -13,6 +13,7 @@ from torch import nn
 
 import p1_test
 import p1_train
+from common import trainer
 from common.checkpoint import load_state, load_weights, save_state, save_weights
 from common.ema import reestimate_batch_norm
 from common.results import read_results, weights_id
@@ -140,14 +141,14 @@ def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model
     monkeypatch.setattr(p1_train.FaceTrainer, "update", interrupted)
     assert train(faces, tmp_path / "b", *options).code == 130
     name = f"p1_{model}_000"
-    assert load_state(tmp_path / "b" / name / "state.pt", CPU)["step"] == 3
+    assert load_state(tmp_path / "b" / name / "state.pt")["step"] == 3
     monkeypatch.setattr(p1_train.FaceTrainer, "update", killed)
     with pytest.raises(RuntimeError, match="killed"):
         run(p1_train.main, "--resume", tmp_path / "b" / name, "--save-every", 1e-9)
     monkeypatch.setattr(p1_train.FaceTrainer, "update", update)
     assert run(p1_train.main, "--resume", tmp_path / "b" / name).code == 0
 
-    a, b = (load_state(tmp_path / x / name / "state.pt", CPU) for x in "ab")
+    a, b = (load_state(tmp_path / x / name / "state.pt") for x in "ab")
     assert a["step"] == b["step"] == 6
     for part in ("generator", "discriminator", "average"):
         for key, tensor in a["parts"][part].items():
@@ -174,11 +175,11 @@ def test_a_run_is_saved_when_its_output_is_cut_off_or_its_last_evaluation_killed
         with pytest.raises(BrokenPipeError):
             words = map(str, ("--data", faces, "--out", tmp_path / "a", *TINY, "--steps", 4))
             p1_train.FaceTrainer(p1_train.parse_options(list(words))).train()
-    assert load_state(tmp_path / "a" / name / "state.pt", CPU)["step"] == 2
+    assert load_state(tmp_path / "a" / name / "state.pt")["step"] == 2
     with monkeypatch.context() as patch:
         patch.setattr(p1_train.FaceTrainer, "evaluate", evaluate)
         assert train(faces, tmp_path / "b", "--steps", 4).code == 130
-    assert load_state(tmp_path / "b" / name / "state.pt", CPU)["step"] == 4
+    assert load_state(tmp_path / "b" / name / "state.pt")["step"] == 4
     for folder in ("a", "b"):
         assert run(p1_train.main, "--resume", tmp_path / folder / name).code == 0
         assert (tmp_path / folder / name / "best.safetensors").is_file()
@@ -204,7 +205,7 @@ def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_incep
     before = (folder / "options.json").read_text()
     assert_user_error(run(p1_train.main, "--resume", folder, "--data", other, "--steps", 9), other, "--data")
     assert (folder / "options.json").read_text() == before
-    state = load_state(folder / "state.pt", CPU)
+    state = load_state(folder / "state.pt")
     del state["parts"]["opt_d"]
     save_state(folder / "state.pt", state)
     assert_user_error(run(p1_train.main, "--resume", folder), folder / "state.pt", "another version")
@@ -219,8 +220,14 @@ def test_a_budget_used_up_by_an_evaluation_still_ends_with_a_save(faces, tmp_pat
     monkeypatch.setattr(p1_train.FaceTrainer, "evaluate", evaluate)
     assert train(faces, tmp_path, "--max-minutes", 50, "--eval-every", 2, "--eval-images", 0).code == 0
     folder = tmp_path / "p1_sngan_000"
-    assert load_state(folder / "state.pt", CPU)["step"] == 2
+    assert load_state(folder / "state.pt")["step"] == 2
     assert load_weights(folder / "last.safetensors")[1]["steps"] == 2
+
+
+def test_a_process_ends_silently_when_the_first_one_fails(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "agree", lambda *_: [0.0, False, True])
+    outcome = train(faces, tmp_path, "--steps", 9, "--eval-images", 0)
+    assert (outcome.code, outcome.error) == (1, "")
 
 
 def test_the_discriminators_victory_is_announced(faces, tmp_path, monkeypatch, capsys):
@@ -233,7 +240,9 @@ def test_the_discriminators_victory_is_announced(faces, tmp_path, monkeypatch, c
 
 
 def test_training_goes_on_without_inception_weights(faces, tmp_path, no_inception, capsys):
-    assert train(faces, tmp_path, "--steps", 1).code == 0
+    results = tmp_path / "recipes.json"
+    assert_user_error(train(faces, tmp_path, "--steps", 1, "--record", results), results, "no row", "fd")
+    assert not results.exists()
     assert "no Fréchet distance" in capsys.readouterr().out
     _, card = load_weights(tmp_path / "p1_sngan_000" / "best.safetensors")
     assert set(card["held_out_scores"]) == {"faces"}
@@ -242,7 +251,7 @@ def test_training_goes_on_without_inception_weights(faces, tmp_path, no_inceptio
 def test_processes_augment_generated_images_differently(monkeypatch):
     """And real images, which they share, alike."""
     monkeypatch.setattr(p1_train, "processes", lambda: 2)
-    monkeypatch.setattr(p1_train, "average_gradients", lambda _: None)
+    monkeypatch.setattr(trainer, "average_gradients", lambda _: None)
     drawn = []
 
     def augment(x, policy, random):
@@ -445,3 +454,4 @@ def test_real_faces_take_the_same_way(faces, tmp_path, mean_inception, capsys):
     assert (row["key"]["weights"], row["weights"]) == ("real", "none")
     assert_user_error(run(p1_test.main, "--out", tmp_path / "o", "--evaluate", faces, "--real"), faces, "--count 1000")
     assert_user_error(run(p1_test.main, "--out", tmp_path / "o", "--real"), "--evaluate")
+    assert_user_error(run(p1_test.main, *options, "--seed", 1), "--real", "leave out --seed")

@@ -84,7 +84,7 @@ def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
         train(digits, tmp_path / "b", "--steps", 4, "--save-every", 1e-9)
     monkeypatch.setattr(p2_train.DiffusionTrainer, "update", update)
     assert run(p2_train.main, "--resume", tmp_path / "b" / "p2_000").code == 0
-    a, b = (load_state(tmp_path / x / "p2_000" / "state.pt", CPU) for x in "ab")
+    a, b = (load_state(tmp_path / x / "p2_000" / "state.pt") for x in "ab")
     assert a["step"] == b["step"] == 4
     for part in ("network", "average"):
         for key, tensor in a["parts"][part].items():
@@ -465,6 +465,8 @@ def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_
         (("--rescale", "nan"), "--rescale nan"),
         (("--mean", 0, 0, 256), "--mean 0.0 0.0 256.0"),
         (("--sampler", "ddpm"), "--steps 2"),
+        (("--sampler", "ddpm", "--steps", 600, "--power", 2), "--power 2"),
+        (("--evaluate", "x", "--record", "x.json", "--classifier", "c.pth"), "--classifier c.pth"),
         (("--digits", "3a"), "--digits 3a"),
         (("--digits", "33"), "--digits 33"),
         (("--neighbours", "x.png"), "--neighbours"),

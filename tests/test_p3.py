@@ -29,7 +29,9 @@ def unlabelled(domains, tmp_path):
 
 
 def train(data, out, *options: object):
-    common = ("--dim", 2, "--batch-size", 4, "--device", "cpu", "--no-bf16")
+    common = ("--batch-size", 4, "--device", "cpu", "--no-bf16")
+    if not {"source", "target"} & set(options):
+        common += ("--dim", 2)
     return run(p3_train.main, "--data", data, "--out", out, *common, *options)
 
 
@@ -71,6 +73,12 @@ def test_adaptation_is_of_one_network(domains, tmp_path):
 def test_baselines_do_not_adapt(domains, tmp_path):
     outcome = train(domains, tmp_path, "--method", "source", "--no-align", "--students", 0)
     assert_user_error(outcome, "--align, --students", "--method source", "leave it out")
+    assert_user_error(train(domains, tmp_path, "--method", "target", "--cutout"), "--cutout", "--method target")
+
+
+def test_options_that_would_do_nothing(domains, tmp_path):
+    assert_user_error(train(domains, tmp_path, "--method", "source", "--dim", 2), "--dim 2", "--network dann")
+    assert_user_error(train(domains, tmp_path, "--fit", "--no-geometry"), "--fit", "--no-geometry")
 
 
 def test_the_upper_bound_needs_labels(unlabelled, tmp_path):
@@ -122,7 +130,7 @@ def test_resume_is_bit_equal(domains, tmp_path, monkeypatch):
     monkeypatch.setattr(p3_train.AdaptationTrainer, "update", update)
     name = "p3_dann-st_svhn_000"
     assert run(p3_train.main, "--resume", tmp_path / "b" / name).code == 0
-    a, b = (load_state(tmp_path / x / name / "state.pt", CPU) for x in "ab")
+    a, b = (load_state(tmp_path / x / name / "state.pt") for x in "ab")
     (a_labels, a_place), (b_labels, b_place) = (x["parts"]["generation"].values() for x in (a, b))
     assert a_place == b_place == {"number": 2, "born": 4}
     assert torch.equal(a_labels, b_labels)

@@ -198,6 +198,9 @@ def test_domain_distance():
 
 def test_wrong_input(tmp_path, weights):
     out = tmp_path / "labels.csv"
+    for words in (("--out", out), ("--evaluate", out), ("--skip-bad",)):
+        outcome = run(p3_test.main, "--tsne", tmp_path, "--target", "svhn", *words)
+        assert_user_error(outcome, f"{words[0]} needs --images")
     assert_user_error(classify(tmp_path / "none", out), tmp_path / "none", "no such folder")
     (tmp_path / "empty").mkdir()
     assert_user_error(classify(tmp_path / "empty", out), tmp_path / "empty", "holds no images")

@@ -21,7 +21,8 @@ from models.dann import Dann
 from models.unet import UNet_conditional
 from tests.helpers import ROOT, assert_user_error, run
 
-DIGITS = p2_test.FAST | {"power": 1.0, "digits": "0123456789", "scored": "val"}
+MEAN = [1.0, 2.0, 3.0]  # of the digits that the UNet's card tells of
+DIGITS = p2_test.FAST | {"mean": MEAN, "power": 1.0, "digits": "0123456789", "scored": "val"}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def study(tmp_path, monkeypatch):
         config = {"z_dim": 3, "dim": 2}
         card = {"model": name, "config": config} | common
         save_weights(checkpoints / f"p1_{name}.safetensors", dcgan.Generator(**config).state_dict(), card)
-    card = {"model": "unet", "config": {"dim": 4}} | common
+    card = {"model": "unet", "config": {"dim": 4}, "mean": MEAN} | common
     save_weights(checkpoints / "p2_unet.safetensors", UNet_conditional(dim=4).state_dict(), card)
 
     def rows(name, *entries):
@@ -57,7 +58,7 @@ def study(tmp_path, monkeypatch):
     scores |= {f"{part}_{c}{of}": -1.5 for part in ("mean", "std") for c in "rgb" for of in ("", "_floor")}
     scores |= {"nearest_least": 20.0, "nearest_real_least": 18.0, "seconds": 200.0}
     digits = scores | {f"digit_{d}": 90.0 + d for d in range(10)}
-    rows("digits.json", (DIGITS | {"per_digit": 100, "seed": 0}, digits, unet))
+    rows("digits.json", *((DIGITS | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)))
     slow = DIGITS | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
     slow |= {"guide": [100, 400], "rescale": 0.0, "mean": None, "scored": "held-out"}
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), (slow | {"w": 1}, scores, "other"))
@@ -122,7 +123,7 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
     assert samplers[3] == f"| {settings} | {scores} | 75 | 1000 | an abacus |"
     digits = tables.digits_table()
-    assert "| FD-768 to 2,000 validation digits | 0.400 | 0.0500 |" in digits
+    assert "| FD-768 to 2,000 validation digits | 0.400 ± 0.000 | 0.0500 |" in digits
     assert "| mean of red, green, blue against validation digits, % | -1.5, -1.5, -1.5 | -1.5, -1.5, -1.5 |" in digits
     assert "| USPS | DANN-ST | 3 | 98.00 ± 1.00 % |  | 6 |" in tables.adaptation_table()
     assert "| USPS | DANN-ST | 1 | -1.9000 | 99.0 % | 98.00 % | 50.00 % | 98.50 % |  |" in tables.seeds_table()
@@ -229,15 +230,21 @@ def test_missing_numbers_are_measured_where_there_is_data(study, calls):
     assert sum("--real" in c for c in calls) == 1
     assert calls[0][1] == "--out"
     assert calls[0][3:7] == ["--count", "1000", "--weights", str(study / "checkpoints" / "p1_dcgan.safetensors")]
-    assert calls[0][-4:] == ["--evaluate", str(study / "data/face"), "--record", str(study / "results/faces.json")]
+    scored = ["--evaluate", str(study / "data/face"), "--dims", "768", "--record", str(study / "results/faces.json")]
+    assert calls[0][-6:] == scored
     assert build(study, "--data", study / "data", "--only", "digits").code == 0
     assert len(calls) == 11
     (study / "results" / "digits.json").unlink()
     assert build(study, "--data", study / "data", "--only", "digits", "pictures").code == 0
-    assert [c[0] for c in calls[11:]] == ["p2_test.py"] * 2
-    assert "--record" in calls[11]
-    assert "--record" not in calls[12]
-    assert {"--unsure", "--neighbours", "--evaluate", "--grid", "--trajectory"} < set(calls[12])
+    assert [c[0] for c in calls[11:]] == ["p2_test.py"] * 4
+    assert [c[c.index("--seed") + 1] for c in calls[11:14]] == ["0", "1", "2"]
+    assert ["--record" in c for c in calls[11:]] == [True, True, True, False]
+    assert {"--unsure", "--neighbours", "--evaluate", "--grid", "--trajectory"} < set(calls[14])
+    (study / "report" / ".parts.json").unlink()  # as in a fresh clone: the figures that need data stay
+    assert build(study, "--only", "pictures").code == 0
+    text = (study / "report" / "README.md").read_text()
+    assert "(digits_unsure.png)" in text
+    assert "need data" not in text
 
 
 def test_a_whole_study_is_measured_on_data(study, faces, digits, mean_inception, monkeypatch):
@@ -247,7 +254,8 @@ def test_a_whole_study_is_measured_on_data(study, faces, digits, mean_inception,
         assert run(importlib.import_module(script.removesuffix(".py")).main, *arguments).code == 0
 
     monkeypatch.setattr(report, "call", call)
-    monkeypatch.setattr(report, "SEEDS", range(2))
+    monkeypatch.setattr(report, "FACE_SEEDS", range(2))
+    monkeypatch.setattr(report, "DIGIT_SEEDS", range(1))
     monkeypatch.setattr(tables, "FACES", 12)
     monkeypatch.setattr(tables, "DIGITS", 2)
     monkeypatch.setattr(p2_test, "SLICE", 2)
