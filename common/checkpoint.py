@@ -60,7 +60,7 @@ def save_weights(path: Path, state: dict[str, Tensor], card: dict) -> None:
     write_checksum(path, hashlib.sha256(data).hexdigest())
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(state dict in float32, card). Raises UserError when the file is missing, damaged or not ours."""
     path = Path(path)
     if not path.is_file():
@@ -79,7 +79,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, card
 
 
-def load_network(path: Path, kinds: dict[str, Callable[..., nn.Module]]) -> tuple[nn.Module, dict]:
+def load_network(path: str | Path, kinds: dict[str, Callable[..., nn.Module]]) -> tuple[nn.Module, dict]:
     """(network in eval mode on the CPU, card) of a weight file; ``kinds`` maps the card's ``model`` to a class.
 
     Raises UserError when the file is missing, damaged, or holds another kind of network.

@@ -67,6 +67,16 @@ def test_pictures_of_texts_are_there(file):
     assert sum(picture.stat().st_size for picture in set(shown)) < 4e6
 
 
+def test_the_example_of_the_readme(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert [names[name].shape for name in ("faces", "digits", "labels")] == [(4, 3, 64, 64), (2, 3, 28, 28), (5,)]
+    assert 0.2 < float(names["faces"].std()) < 0.9
+    assert -1 <= float(names["digits"].min()) < 0 < float(names["digits"].max()) <= 1
+
+
 @pytest.mark.parametrize("target", tables.TARGETS)
 def test_the_shipped_seed_is_the_label_free_choice(target):
     """Of the seeds of our method, the one with the best validator, which knows no target label."""
