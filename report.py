@@ -58,15 +58,16 @@ def recipes(title: str, found: str) -> list[str]:
 
 
 def networks(_o: argparse.Namespace) -> str:
-    shown = {
-        "Generator (both)": dcgan.Generator(),
-        "DCGAN discriminator": dcgan.Discriminator(),
-        "SNGAN discriminator": sngan.Discriminator(),
-        "UNet_conditional": UNet_conditional(),
-        "DANN feature extractor": FeatureExtractor(),
-        "DANN label predictor": LabelPredictor(),
-        "DANN domain classifier": DomainClassifier(),
-    }
+    with torch.device("meta"):  # no values
+        shown = {
+            "Generator (both)": dcgan.Generator(),
+            "DCGAN discriminator": dcgan.Discriminator(),
+            "SNGAN discriminator": sngan.Discriminator(),
+            "UNet_conditional": UNet_conditional(),
+            "DANN feature extractor": FeatureExtractor(),
+            "DANN label predictor": LabelPredictor(),
+            "DANN domain classifier": DomainClassifier(),
+        }
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in shown.items()}
     prints = [f"### {name}\n\n```\n{network}\n```" for name, network in shown.items()]
     sizes = tables.table(["network", "parameters"], [[n, f"{c:,}"] for n, c in counts.items()])

@@ -6,4 +6,4 @@ find_python requirements.txt requirements-test.txt
 cd "$repository"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest -n auto --maxprocesses 4 "$@"
+exec "$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

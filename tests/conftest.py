@@ -11,6 +11,12 @@ def _own_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """Training draws nothing; tests of its curves put ``plot_curves`` back."""
+    monkeypatch.setattr("common.trainer.plot_curves", lambda _metrics, path, *_: path.touch())
+
+
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
     """A face data root of the course's layout: train/ of 60 and val/ of 12 images."""

@@ -21,18 +21,6 @@ def test_reversal_keeps_values_and_turns_gradients():
     assert x.grad.tolist() == pytest.approx([-1.5, -2.1])
 
 
-def test_one_step_confuses_the_domain_classifier():
-    """Descending a reversed loss moves the features so that the domain loss rises, for a fixed classifier."""
-    torch.manual_seed(0)
-    head, h = torch.nn.Linear(4, 1), torch.randn(6, 4, requires_grad=True)
-    domain = torch.tensor([1.0, 1, 1, 0, 0, 0])
-    loss = torch.nn.functional.binary_cross_entropy_with_logits
-    before = loss(head(reverse_gradient(h)).flatten(), domain)
-    before.backward()
-    after = loss(head(h - 0.1 * h.grad).flatten(), domain)
-    assert after > before
-
-
 def test_adaptation_factor():
     assert adaptation_factor(0) == 0
     assert adaptation_factor(0.1) == pytest.approx(0.46211716)
@@ -43,7 +31,8 @@ def test_adaptation_factor():
     ("network", "count"), [(FeatureExtractor, 2_143_488), (LabelPredictor, 530_442), (DomainClassifier, 1_055_233)]
 )
 def test_parameter_counts(network, count):
-    assert sum(p.numel() for p in network().parameters()) == count
+    with torch.device("meta"):  # no values
+        assert sum(p.numel() for p in network().parameters()) == count
 
 
 def test_shapes():

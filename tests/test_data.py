@@ -262,13 +262,26 @@ def test_cutout_zeroes_a_square_of_half_the_side():
 
 
 def test_colour_is_per_image_and_keeps_the_order_of_pixels():
-    x = torch.rand(4, 3, 8, 8) - 0.5
+    x = torch.rand(100, 3, 8, 8) - 0.5
     x[:, 1:] = x[:, :1]  # gray: saturation does nothing, the rest is affine
     y = diff_augment(x, "color", generator())
-    for a, b in zip(x, y, strict=True):
-        slope = (b.max() - b.min()) / (a.max() - a.min())
-        assert 0.5 <= slope <= 1.5
-        assert torch.allclose(b, b.mean() + slope * (a - a.mean()), atol=1e-5)
+    slopes = (y.amax((1, 2, 3)) - y.amin((1, 2, 3))) / (x.amax((1, 2, 3)) - x.amin((1, 2, 3)))
+    shifts = (y - x).mean((1, 2, 3))
+    for values, low, high in ((slopes, 0.5, 1.5), (shifts, -0.5, 0.5)):  # contrast and brightness
+        assert low - 1e-4 <= values.min() < low + 0.1
+        assert high - 0.1 < values.max() <= high + 1e-4
+    mean_x, mean_y = x.mean((1, 2, 3), keepdim=True), y.mean((1, 2, 3), keepdim=True)
+    assert torch.allclose(y, mean_y + slopes.view(-1, 1, 1, 1) * (x - mean_x), atol=1e-5)
+
+
+def test_colour_changes_saturation():
+    x = torch.rand(100, 3, 8, 8) - 0.5
+    y = diff_augment(x, "color", generator())
+    share = (y - y.mean(1, keepdim=True)).std((1, 2, 3)) / (x - x.mean(1, keepdim=True)).std((1, 2, 3))
+    contrast = y.mean(1).std((1, 2)) / x.mean(1).std((1, 2))
+    saturation = share / contrast
+    assert 0 <= saturation.min() < 0.2
+    assert 1.8 < saturation.max() < 2 + 1e-4
 
 
 def test_augmentation_is_differentiable_and_reproducible():

@@ -224,7 +224,9 @@ def test_guidance():
     assert torch.equal(predicted(-1), unconditional)
     assert torch.equal(predicted(2), 3 * conditional - 2 * unconditional)
     assert torch.equal(predicted(2, interval=(11, 99)), conditional)
-    assert calls == [3, 6, 6, 3]
+    assert torch.equal(predicted(2, interval=(1, 9)), conditional)
+    assert calls == [3, 6, 6, 3, 3]
+    assert torch.equal(predicted(2, interval=(10, 10)), 3 * conditional - 2 * unconditional)
 
 
 def test_rescaled_guidance_keeps_mean_and_contrast():

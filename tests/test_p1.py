@@ -16,11 +16,12 @@ import p1_train
 from common import trainer
 from common.checkpoint import load_state, load_weights, save_state, save_weights
 from common.ema import reestimate_batch_norm
+from common.pictures import plot_curves
 from common.results import read_results, weights_id
 from models import dcgan, sngan
 from tests.helpers import MeanInception, assert_user_error, run
 
-TINY = ("--dim", 2, "--batch-size", 8, "--eval-images", 6, "--device", "cpu")
+TINY = ("--dim", 2, "--batch-size", 8, "--eval-images", 6, "--device", "cpu", "--no-bf16")
 CPU = torch.device("cpu")
 
 
@@ -62,6 +63,13 @@ def test_one_step_moves_everything_the_right_way(model):
             assert old.numel() == 1 or not torch.equal(old, new)
             assert new.requires_grad
 
+    o.lr_g, margins = 0.0, []
+    for step in range(1, 9):
+        _, _, d_real, d_fake = p1_train.train_step(nets, images, step, 1.0, o).tolist()
+        margins.append(d_real - d_fake)
+    assert margins[-1] > max(margins[0], 0)  # the discriminator learns which are which
+    o.lr_g = 2e-4
+
     fixed = torch.randn(64, 100)
     discriminator = nets.discriminator.eval()
     o.lr_d, scores = 0.0, []
@@ -91,7 +99,14 @@ def test_batch_norm_statistics_of_the_average():
     assert norm.momentum == 0.1
 
 
-def test_training_writes_a_complete_run(faces, tmp_path, mean_inception):
+@pytest.fixture(autouse=True)
+def _few_batches_of_noise(monkeypatch):
+    noise_batches = p1_train.noise_batches
+    monkeypatch.setattr(p1_train, "noise_batches", lambda *a, **k: noise_batches(*a, **{"batches": 2} | k))
+
+
+def test_training_writes_a_complete_run(faces, tmp_path, mean_inception, monkeypatch):
+    monkeypatch.setattr(trainer, "plot_curves", plot_curves)
     results = tmp_path / "results" / "recipes.json"
     options = ("--steps", 6, "--sample-every", 2, "--eval-every", 4, "--record", results)
     assert train(faces, tmp_path, *options).code == 0
@@ -122,8 +137,9 @@ def losses(folder) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("model", ["sngan", "dcgan"])
 def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model):
-    """Uninterrupted, against stopped by Ctrl-C after step 2 and killed in step 5 (last save: step 4)."""
-    options = ("--model", model, "--steps", 6, "--eval-every", 3, "--augment", "color,translation,cutout")
+    """Uninterrupted, against stopped by Ctrl-C in step 3 and killed in step 6, after a row of metrics.csv that is
+    written again: the last save is that of step 3."""
+    options = ("--model", model, "--steps", 6, "--eval-every", 2, "--augment", "color,translation,cutout")
     assert train(faces, tmp_path / "a", *options).code == 0
 
     update = p1_train.FaceTrainer.update
@@ -144,7 +160,9 @@ def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model
     assert load_state(tmp_path / "b" / name / "state.pt")["step"] == 3
     monkeypatch.setattr(p1_train.FaceTrainer, "update", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        run(p1_train.main, "--resume", tmp_path / "b" / name, "--save-every", 1e-9)
+        run(p1_train.main, "--resume", tmp_path / "b" / name)
+    assert load_state(tmp_path / "b" / name / "state.pt")["step"] == 3
+    assert [step for step, *_ in losses(tmp_path / "b" / name)] == ["2", "4"]
     monkeypatch.setattr(p1_train.FaceTrainer, "update", update)
     assert run(p1_train.main, "--resume", tmp_path / "b" / name).code == 0
 

@@ -1,11 +1,12 @@
 """Problem 3, training on tiny data: what adaptation sees, how it is guided, and how it resumes."""
 
+import copy
 import csv
-import inspect
 import math
 
 import pytest
 import torch
+from torch import nn
 
 import p3_train
 from common.checkpoint import load_network, load_state, load_weights
@@ -47,14 +48,11 @@ def test_adaptation_needs_no_target_labels(unlabelled, tmp_path, method, target)
     assert card["options"]["standardise"] is True
 
 
-def test_the_adapting_code_is_given_target_images_only():
-    parameters = inspect.signature(p3_train.AdaptationTrainer.__init__).parameters
-    assert [p for p in parameters if "target" in p] == ["target_images"]
-
-
 @pytest.mark.parametrize(("method", "target"), [("source", "svhn"), ("target", "usps")])
-def test_baselines(domains, tmp_path, method, target):
-    """The report's ResNet34, or the network that is adapted; either as load_network reads it."""
+def test_baselines(domains, tmp_path, monkeypatch, method, target):
+    """The report's ResNet34 (here a small network), or the one that is adapted; either as load_network reads it."""
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    monkeypatch.setitem(NETWORKS, "resnet34", lambda: nn.Sequential(*layers))
     for number, network in enumerate(NETWORKS):
         options = ("--method", method, "--target", target, "--steps", 1, "--network", network)
         assert train(domains, tmp_path, *options).code == 0
@@ -95,7 +93,7 @@ def test_images_are_augmented_in_full_precision(domains, tmp_path, monkeypatch, 
         return x
 
     monkeypatch.setattr(p3_train, "geometry", geometry)
-    options = {"source": ("--geometry",), "dann": (), "dann-st": ("--students", 1)}[method]
+    options = {"source": ("--geometry", "--network", "dann"), "dann": (), "dann-st": ("--students", 1)}[method]
     assert train(domains, tmp_path, "--method", method, "--steps", 2, "--bf16", *options).code == 0
     assert seen and not any(seen)
 
@@ -165,6 +163,80 @@ def students(domains, tmp_path, *options):
     words = ("--method", "dann-st", "--target", "usps", "--students", 1, "--dim", 2, "--batch-size", 4, "--no-bf16")
     words += ("--data", domains, "--out", tmp_path, "--device", "cpu", *options)
     return p3_train.make_trainer(p3_train.parse_options(list(map(str, words))))
+
+
+def test_an_update_is_that_of_the_paper(domains, tmp_path, monkeypatch):
+    """Ganin et al. 2016, eq. 13 to 15: the features descend the class loss and climb the domain loss, which the domain
+    classifier descends; the weight of the climb grows over the run."""
+    t = students(domains, tmp_path, "--students", 0, "--self-training", 0, "--adversary", 0.5, "--method", "dann-st")
+    seen = []
+    monkeypatch.setattr(t, "augmented", lambda x, _, as_target=False: seen.append((x, as_target)) or t.see(x))
+    monkeypatch.setattr(t, "descend", lambda loss: loss.backward())
+    drawn, draw = [], t.draw
+    monkeypatch.setattr(t, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    network, domain, t.progress = copy.deepcopy(t.network), copy.deepcopy(t.domain), 0.1
+    losses = dict(zip(t.losses, t.update().tolist(), strict=True))
+
+    source, target = t.images[drawn[0]], t.target_images[drawn[1]]
+    assert [as_target for _, as_target in seen] == [True, False]
+    assert torch.equal(seen[0][0], source)
+    assert torch.equal(seen[1][0], target)
+    h_s, h_t = network.extractor(t.see(source)), network.extractor(t.see(target))  # statistics of each domain
+    loss_class = torch.nn.functional.cross_entropy(network.predictor(h_s), t.labels[drawn[0]])
+    logits, is_source = domain(torch.cat([h_s, h_t])), torch.tensor([1.0] * 4 + [0.0] * 4)
+    loss_domain = torch.nn.functional.binary_cross_entropy_with_logits(logits, is_source)
+    assert losses["loss_class"] == pytest.approx(loss_class.item(), rel=1e-5)
+    assert losses["loss_domain"] == pytest.approx(loss_domain.item(), rel=1e-5)
+    for module, factor, ours in (
+        (network.extractor, -0.5 * 0.46211716, t.network.extractor),
+        (network.predictor, 0, t.network.predictor),
+        (domain, 1, t.domain),
+    ):
+        parameters = list(module.parameters())
+        of_class, of_domain = (
+            torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            for loss in (loss_class, loss_domain)
+        )
+        for a, b, p in zip(of_class, of_domain, ours.parameters(), strict=True):
+            assert torch.allclose(p.grad, a + factor * b, atol=1e-6)
+    trained = {p for group in t.optimiser.param_groups for p in group["params"]}
+    assert trained == {*t.network.parameters(), *t.domain.parameters()}
+
+
+@pytest.mark.parametrize(("as_target", "expected"), [(True, "gns"), (False, "igsc")])
+def test_what_is_done_to_source_and_to_target_images(domains, tmp_path, monkeypatch, as_target, expected):
+    """Source digits get the size and the neighbours of the target's; target images are inverted and lose a square."""
+    done, sizes = [], []
+    names = {"negatives": "i", "geometry": "g", "neighbours": "n", "soften": "s", "cutout": "c"}
+    for name, letter in names.items():
+
+        def step(x, _random, letter=letter, **options):
+            done.append(letter)
+            sizes.extend([options] if letter == "g" else [])
+            return x
+
+        monkeypatch.setattr(p3_train, name, step)
+    t = students(domains, tmp_path, "--target", "svhn")
+    t.augmented(t.images[:2], torch.Generator(), as_target)
+    assert "".join(done) == expected
+    assert sizes == [p3_train.FIT["svhn"] if as_target else {}]
+
+
+def test_the_teacher_is_sure_and_its_classes_are_equal(domains, tmp_path, monkeypatch):
+    t = students(domains, tmp_path, "--threshold", 0.9)
+    p = torch.zeros(2, 10)
+    p[0, :3], p[1, :2] = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.6, 0.4])
+    monkeypatch.setattr(t, "classes", lambda *_: p)
+    images = t.target_images[:2]
+    assert [x.tolist() for x in t.teach(images, 0.6, align=False)] == [[0, 0], [0, 1]]
+    # over the means .55, .35, .1: .24 .23 .53 and .49 .51
+    assert [x.tolist() for x in t.teach(images, 0.58, align=True)] == [[2, 1], [1, 0]]
+
+
+def test_self_training_starts_after_a_while(domains, tmp_path):
+    t = students(domains, tmp_path, "--students", 0, "--threshold", 0)
+    for t.progress, starts in ((0.14, False), (0.16, True)):
+        assert (dict(zip(t.losses, t.update().tolist(), strict=True))["loss_self"] > 0) == starts
 
 
 def test_a_student_is_new_and_labelled_by_the_network_before(domains, tmp_path):
@@ -264,6 +336,14 @@ def test_digit_augmentations_are_small_and_reproducible():
     centre = (moved * rows).sum((1, 2, 3)) / moved.sum((1, 2, 3))
     assert (centre - 15.5).abs().max() < 3
     assert (centre - 15.5).abs().max() > 1
+    sides = moved.sum((1, 2, 3)).sqrt()
+    assert 3 < sides.min() < 3.6 < 4.4 < sides.max() < 5.5  # 4 pixels over 0.8 ... 1.2
+    bar = torch.zeros(300, 1, 32, 32)
+    bar[:, :, 4:28, 15:17] = 1
+    turned = geometry(bar, random(), zoom=0, shift=0)
+    ends = [(half * torch.arange(32.0)).sum((1, 2, 3)) / half.sum((1, 2, 3)) for half in turned.split(16, dim=2)]
+    slope = (ends[0] - ends[1]).abs() / 12  # of the bar's halves, whose centres are 12 rows apart
+    assert 0.15 < slope.max() < 0.25
 
     larger = geometry(torch.nn.functional.pad(x, (1, 1, 1, 1)), random(), 0, 0, 0, width=(2, 2), height=(3, 3))
     assert (larger.sum(3).amax((1, 2)) / x.sum(3).amax((1, 2))).mean() == pytest.approx(2, abs=0.1)

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 import p3_test
-from common.checkpoint import save_weights
+from common.checkpoint import load_network, save_weights
+from common.ema import reestimate_batch_norm
 from common.results import read_results
+from datasets.augment import digit_input
 from models.dann import NETWORKS, Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
@@ -109,17 +111,28 @@ def test_every_format_of_images_is_labelled(tmp_path):
     assert rows(out)[1:] == [[name, "5"] for name in names]
 
 
-def test_a_label_depends_on_its_image_only(tmp_path, weights):
-    """Whatever else is in the folder, and in whatever batches."""
+@pytest.mark.parametrize("gray", [False, True])
+def test_a_label_depends_on_its_image_only(tmp_path, weights, gray):
+    """As the network was trained to see it, whatever else is in the folder, and in whatever batches."""
+    images = smooth_images(30, 28)
+    chw = torch.from_numpy(images).permute(0, 3, 1, 2)
+    seen = digit_input(chw, 32, standardised=True, gray=gray)
     torch.manual_seed(1)
     network = Dann(dim=2)
+    reestimate_batch_norm(network, [seen])
+    network.predictor.layer[4].bias.data.zero_()
+    network.predictor.layer[4].weight.data *= 100
     path = weights / "w.safetensors"
-    save_weights(path, network.state_dict(), CARD)
-    images = smooth_images(30, 28)
+    save_weights(path, network.state_dict(), CARD | {"options": CARD["options"] | {"gray": gray}})
+    network, other = load_network(path, NETWORKS)[0], digit_input(chw, 32, standardised=True, gray=not gray)
+    expected = network(seen).argmax(1).tolist()
+    assert len(set(expected)) > 1
+    assert expected != network(other).argmax(1).tolist()
     write_pngs(tmp_path / "svhn", images)
     write_pngs(tmp_path / "some" / "svhn", images[:3])
     for folder in ("svhn", "some/svhn"):
         assert classify(tmp_path / folder, tmp_path / folder / "labels.csv", "--weights", path).code == 0
+    assert [int(label) for _, label in rows(tmp_path / "svhn/labels.csv")[1:]] == expected
     assert rows(tmp_path / "some/svhn/labels.csv") == rows(tmp_path / "svhn/labels.csv")[:4]
 
 
@@ -182,8 +195,9 @@ def test_plots(tmp_path, capsys):
             assert image.size[0] > 500
 
 
-def test_plots_are_of_the_reports_own_network(tmp_path):
+def test_plots_are_of_the_reports_own_network(tmp_path, monkeypatch):
     path = tmp_path / "resnet.safetensors"
+    monkeypatch.setitem(NETWORKS, "resnet34", lambda: torch.nn.Linear(2, 2))
     save_weights(path, NETWORKS["resnet34"]().state_dict(), CARD | {"model": "resnet34", "config": {}})
     options = ("--tsne", tmp_path, "--target", "usps", "--weights", path, "--device", "cpu")
     assert_user_error(run(p3_test.main, *options), path, "--tsne")

@@ -135,7 +135,7 @@ def test_mnistm_is_the_difference_of_digit_and_photograph():
 
 
 def test_pixels_are_those_of_the_sources(published, tmp_path):
-    """Black digits show the photograph as it is; labels stay with their images through the shuffle."""
+    """Labels stay with their images through the shuffle."""
     assert build(published, tmp_path, "--only", "usps", "svhn", "face").code == 0
     images, labels = sources.load_svhn(sources.Source(published / "svhn"))
     assert labels[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]

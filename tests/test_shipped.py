@@ -2,18 +2,24 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
+import p2_test
+import p3_test
 import report_tables as tables
 from common.checkpoint import load_network, load_weights, read_checksums
 from common.results import weights_id
-from metrics.classify import load_classifier
+from metrics.classify import accuracy, load_classifier
+from metrics.detect import face_counts, face_rate
 from models.classifier import Classifier
 from models.dann import Dann
 from models.dcgan import Generator
 from models.unet import UNet_conditional
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run, smooth_images, write_pngs
 
 KINDS = {"sngan": Generator, "dcgan": Generator, "unet": UNet_conditional, "classifier": Classifier, "dann": Dann}
 WEIGHTS = sorted((ROOT / "checkpoints").glob("*.safetensors"))
@@ -42,9 +48,35 @@ def test_weights_say_where_they_come_from(path):
     assert load_weights(path)[1] == card
 
 
-def test_the_shipped_classifier_reads_ten_classes():
-    logits = load_classifier()(torch.zeros(2, 3, 28, 28))
-    assert logits.shape == (2, 10)
+def tiles(picture: str, side: int, columns: int) -> Tensor:
+    """The images of a sheet in report/, which stand 2 pixels apart: uint8 (N, 3, side, side)."""
+    with Image.open(ROOT / "report" / picture) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    rows = pixels[:, 2:, 2:].unfold(1, side, side + 2).unfold(2, side, side + 2)  # (3, rows, columns, side, side)
+    assert rows.shape[2] == columns
+    return rows.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()
+
+
+def test_shown_digits_are_read_by_the_shipped_classifier():
+    digits = tiles("digits_grid.png", 28, 10)
+    assert accuracy(load_classifier(), digits, torch.arange(10).repeat_interleave(10)) >= 95
+
+
+@pytest.mark.parametrize("name", ["sngan", "dcgan"])
+def test_shown_faces_are_found(name):
+    assert face_rate(face_counts(tiles(f"faces_{name}.png", 64, 8))) > 75
+
+
+def test_shipped_weights_are_those_that_the_scripts_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(p2_test, "SLICE", 1)
+    options = ("--digits", 7, "--per-digit", 1, "--sampler", "ddim", "--steps", 1, "--device", "cpu")
+    assert run(p2_test.main, "--out", tmp_path / "digits", *options).code == 0
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["7_001.png"]
+    for target, channels in (("svhn", 3), ("usps", 1)):
+        write_pngs(tmp_path / target, smooth_images(3, 28, channels))
+        out = tmp_path / f"{target}.csv"
+        assert run(p3_test.main, "--images", tmp_path / target, "--out", out, "--device", "cpu").code == 0
+        assert len(out.read_text().splitlines()) == 4
 
 
 HEADLINES = (tables.faces_table, tables.digits_table, tables.adaptation_table)
