@@ -5,6 +5,9 @@
 The weights are chosen on a held-out tenth of the training split. Validation digits are only scored, once, at the end.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path

@@ -9,6 +9,9 @@ Needs nothing but the weight file, which says what network it belongs to. Face i
 alone, not on the count; noise is drawn on the CPU for every device. Scores are computed from the PNG files.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path

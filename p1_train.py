@@ -15,6 +15,9 @@ The discriminator and the generator step share one batch of fakes: the discrimin
 generator is then updated through the new discriminator.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import sys
 from collections.abc import Iterator

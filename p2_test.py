@@ -10,6 +10,9 @@ Needs nothing but the weight file. Image (digit, number) depends on weights, set
 Scores are computed from the PNG files.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import sys
 import time

@@ -13,6 +13,9 @@ curves.png, samples/ (10 of each digit), state.pt, last.safetensors and best.saf
 held-out slice of the training digits; validation digits are never read).
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import math
 import sys

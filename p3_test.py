@@ -9,6 +9,9 @@ The domain is --target, else svhn or usps in the path of the images (the last co
 images themselves: gray is USPS, colour is SVHN. Weights and all settings come from checkpoints/p3_TARGET.safetensors.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import csv
 import sys
@@ -28,7 +31,7 @@ from common.pictures import plot_images, plot_points
 from common.results import add_record_option, check_record, record
 from datasets.augment import digit_input
 from datasets.digits import CLASSES, SIZE, load_digits, load_labels, read_labels
-from datasets.images import UNREADABLE, decode_files, list_images, name_some
+from datasets.images import UNREADABLE, check_range, decode_files, list_images, name_some
 from models.dann import NETWORKS
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -82,9 +85,10 @@ def good_images(folder: Path, skip_bad: bool) -> tuple[list[Path], set[bool]]:
         try:
             with Image.open(path) as image:
                 image.load()
+                check_range(image)
                 if image.size != (SIZE, SIZE):
                     raise ValueError("not a digit of the course")
-                if image.mode in ("1", "L", "LA", "I", "I;16", "F"):
+                if image.mode in ("1", "L", "LA", "I", "I;16"):
                     gray.add(True)
                 elif len({channel.tobytes() for channel in image.convert("RGB").split()}) > 1:
                     gray.add(False)
@@ -103,12 +107,17 @@ def good_images(folder: Path, skip_bad: bool) -> tuple[list[Path], set[bool]]:
 
 def find_target(folder: Path, gray: set[bool]) -> str:
     """svhn or usps, from the path, else from the images. Raises UserError when neither tells."""
+    seen = {True: "usps", False: "svhn"}[next(iter(gray))] if len(gray) == 1 else None
     for part in reversed(folder.resolve().parts):
         named = [t for t in TARGETS if t in part.lower()]
         if len(named) == 1:
+            if seen and seen != named[0]:
+                print(
+                    f"note: {folder}: {named[0]} by its path, {seen} by its images; --target decides", file=sys.stderr
+                )
             return named[0]
-    if len(gray) == 1:
-        return "usps" if gray.pop() else "svhn"
+    if seen:
+        return seen
     raise UserError(f"{folder}: holds gray and colour images, and its path names no domain; add --target svhn or usps")
 
 

@@ -11,6 +11,9 @@ checkpoint is chosen by held-out source accuracy and the mutual information of t
 latter alone. Validation data is never read. The run folder is as that of p1_train.py.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import math
 import sys

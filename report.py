@@ -9,6 +9,9 @@ where there is data. A part that is up to date (same weights, data, results and 
 that need none are still built, and the others say what they need.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import hashlib
 import re

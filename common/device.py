@@ -1,21 +1,24 @@
 """Devices, number formats and random numbers, for all scripts."""
 
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, is_out_of_memory
 from common.parallel import processes
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the first CUDA GPU, else the CPU. Raises UserError for a device that is not there.
+    """``auto`` is the first CUDA GPU, if it works, else the CPU. Raises UserError for a device that is not there, or
+    does not work.
 
     Of several processes (common/parallel.py) each has the GPU of its number.
     """
-    if name == "auto":
+    auto = name == "auto"
+    if auto:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] == "cuda" and processes() > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -27,7 +30,24 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+    fault = gpu_fault(device) if device.type == "cuda" else ""
+    if fault and not (auto and processes() == 1):
+        raise UserError(f"--device {name}: does not work ({fault}); use --device cpu")
+    if fault:
+        print(f"note: the GPU does not work ({fault}); the CPU computes", file=sys.stderr)
+        return torch.device("cpu")
     return device
+
+
+def gpu_fault(device: torch.device) -> str:
+    """Why a GPU cannot compute (too old for this PyTorch, used by others alone, broken driver), in a line, or ''."""
+    try:
+        (torch.ones(1, device=device) + 1).item()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return str(error).strip().partition("\n")[0]
+    return ""
 
 
 def bfloat16_pays(device: torch.device) -> bool:

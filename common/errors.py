@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import signal
 import sys
@@ -40,23 +41,38 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
+def drop_output() -> None:
+    """Let what Python flushes at its exit go nowhere."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Call ``main`` as a script's entry point: user errors become one line, Ctrl-C and SIGTERM clean up and end."""
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if sys.stderr is None:  # closed; progress bars need one
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()  # what cannot be written is told here, not at Python's exit
     except UserError as error:
         sys.exit(f"{name}: error: {error}")
     except BrokenPipeError:  # the reader of the output has left, as ``head`` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
+        drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            drop_output()  # it may be what has no room
         sys.exit(f"{name}: error: {describe_os_error(error)}")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         sys.exit(f"{name}: error: not enough memory; choose another --device, or lower --batch-size where there is one")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the clean end
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -121,16 +121,16 @@ class Trainer:
     def restore(self) -> float:
         """Load the saved state; returns the seconds trained so far."""
         state = load_state(self.run.state_path)
-        if state["data"] != self.data_id:
-            raise UserError(
-                f"{self.o.data}: not the data that {self.run.folder} was started with; give the same --data"
-            )
         try:
+            if state["data"] != self.data_id:
+                raise UserError(
+                    f"{self.o.data}: not the data that {self.run.folder} was started with; give the same --data"
+                )
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
             self.step, self.scored, self.best, elapsed = (state[k] for k in ("step", "scored", "best", "elapsed"))
             self.sums, self.since = state["sums"].to(self.device), state["since"]
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise UserError(f"{self.run.state_path}: of another version of the code; start a new run") from None

@@ -48,9 +48,18 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
+def check_range(image: Image.Image) -> None:
+    """Raises ValueError for an image whose values have no known range: floats, and 32-bit integers other than 16 bits
+    of data, which TIFF files can hold."""
+    wide = image.mode == "I" and image.format == "TIFF" and not 255 < np.asarray(image).max() < 65536
+    if wide or image.mode == "F":
+        raise ValueError(f"values of an unknown range (mode {image.mode})")
+
+
 def read_image(path: Path, size: int | None = None, channels: int = 3) -> np.ndarray:
     """One image file -> uint8 (size, size, channels), or its own (H, W, channels) without ``size``."""
     with Image.open(path) as image:
+        check_range(image)
         if image.mode.startswith("I"):  # 16 bits, which ``convert`` would cut off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB" if channels == 3 else "L")
@@ -85,7 +94,7 @@ def decode_files(paths: list[Path], size: int, channels: int = 3, what: str = "i
 def find_mosaics(folder: Path, split: str) -> list[Path]:
     """The packed mosaics of a split, in order; empty when the folder is not packed."""
     named = (p for p in Path(folder).glob(f"{split}_*") if re.fullmatch(rf"{split}_[0-9]+", p.stem))
-    mosaics = sorted(p for p in named if p.suffix.lower() in SUFFIXES)
+    mosaics = sorted((p for p in named if p.suffix.lower() in SUFFIXES), key=lambda p: int(p.stem.rpartition("_")[2]))
     if len({p.stem for p in mosaics}) < len(mosaics):
         raise UserError(f"{folder}: has a mosaic of {split} twice ({name_some(mosaics)}); remove one of the two")
     return mosaics
@@ -122,10 +131,11 @@ def read_index(path: Path, *columns: str) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8-sig") as f:
             rows = list(csv.DictReader(f))
     except (UnicodeDecodeError, csv.Error):
-        raise UserError(f"{path}: not a CSV file; copy it again") from None
+        raise UserError(f"{path}: not a CSV file in UTF-8; copy it again, or save it as one") from None
     missing = [c for c in ("image_name", *columns) if not rows or any(row.get(c) is None for row in rows)]
     if missing:
-        raise UserError(f"{path}: needs a header line with {' and '.join(missing)}, and rows that have it")
+        named = " and ".join(missing)
+        raise UserError(f"{path}: needs a header line with {named}, separated by commas, and rows that have it")
     return rows
 
 

@@ -17,6 +17,9 @@ SVHN's cropped digits do not tell which photograph they are from. Neighbours in 
 validation image can stand in a training image, as in the course's own split.
 """
 
+import common.start  # noqa: F401
+
+# isort: split
 import argparse
 import csv
 import math
@@ -34,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import Parser, UserError, run_main
-from common.files import make_folder, read_json, write_json
+from common.files import alone_in, make_folder, read_json, write_json
 from common.options import positive_int
 from common.pictures import save_png, sheet
 from datasets import digits, faces
@@ -53,6 +56,7 @@ from datasets.sources import (
 SETS = ("mnistm", "svhn", "usps", "face")  # CelebA last: it is the one that may not be had
 SPLITS = ("train", "val", "test")
 FACE_COUNTS = (38_464, 2_025, 2_132)  # the course's
+ALIGNED = (218, 178)  # height and width of CelebA's aligned faces
 CROP = 148  # pixels of a CelebA face that are kept, from the middle
 SEED = 2022
 VERSION = 1  # raise when the result changes
@@ -142,9 +146,10 @@ def plan_faces(celeba: Celeba, counts: dict[str, int]) -> Plan:
 
     def draw(i: int) -> np.ndarray:
         image = celeba.images.parse(names[i], parse_image)
-        top, left = (image.shape[0] - CROP) // 2, (image.shape[1] - CROP) // 2
-        if top < 0 or left < 0:
-            raise UserError(f"{celeba.images.path}: {names[i]}: smaller than {CROP} pixels; give the aligned images")
+        if image.shape[:2] != ALIGNED:
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise UserError(f"{celeba.images.path}: {names[i]}: {size} pixels; give CelebA's aligned images, 178x218")
+        top, left = ((side - CROP) // 2 for side in ALIGNED)
         return resize(image[top : top + CROP, left : left + CROP], faces.SIZE)
 
     return Plan(files, [split for split in SPLITS for _ in range(counts[split])], None, draw)
@@ -165,9 +170,8 @@ def open_sources(name: str, o: argparse.Namespace) -> tuple[str, Callable[[], Pl
     paths = sources_of(name, o)
     if name == "face":
         celeba = Celeba(paths["celeba"])
-        lists = f"{celeba.partition is not None} {celeba.identity is not None}"
         counts = dict(zip(SPLITS, o.face_counts, strict=True))
-        return f"{celeba.images.key()} {lists}", lambda: plan_faces(celeba, counts)
+        return f"{celeba.images.key()} {celeba.lists.hexdigest()[:16]}", lambda: plan_faces(celeba, counts)
     source = Source(paths["mnist" if name == "mnistm" else name])
     if name == "mnistm":
         tgz = paths["bsds"] / "BSR_bsds500.tgz"
@@ -194,8 +198,8 @@ def prepare(name: str, o: argparse.Namespace) -> None:
     progress = partial / "progress.json"
     before = read_json(progress) or {}
     done = before["done"] if before.get("key") == [recipe, key] else 0
-    if not done:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not done and partial.exists():
+        shutil.rmtree(partial)
     plan = read()
     for parent in {(partial / file).parent for file in plan.files}:
         make_folder(parent)
@@ -240,9 +244,12 @@ def finish(folder: Path, plan: Plan) -> str:
 
 def main() -> None:
     o = build_parser().parse_args(sys.argv[1:])
-    make_folder(o.dest)
-    for name in o.only:
-        prepare(name, o)
+    try:
+        with alone_in(make_folder(o.dest), wait=False):
+            for name in o.only:
+                prepare(name, o)
+    except BlockingIOError:
+        raise UserError(f"{o.dest}: is being built by another process; wait for it, or stop it") from None
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import bz2
 import gzip
 import hashlib
 import io
+import lzma
+import os
 import sys
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +32,22 @@ from datasets.images import UNREADABLE
 
 FIRST_OF_VAL, FIRST_OF_TEST = 162_771, 182_638  # file numbers at which CelebA's official partition changes
 BSDS_URL = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
-DAMAGED = (*UNREADABLE, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, KeyError, RuntimeError)
+DAMAGED = (*UNREADABLE, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, KeyError)
+DAMAGED += (RuntimeError,)
 
 
 class Source:
     """The files of a folder (and its subfolders), a zip or a tar archive, by their names without folders.
 
-    Raises UserError when ``path`` is missing or damaged.
+    Raises UserError when ``path`` is missing or damaged, or when two different files of the same name are asked for.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.twice = path, set()
         if path.is_dir():
-            self.files = {p.name: p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+            walked = sorted(Path(place, name) for place, _, names in os.walk(path, followlinks=True) for name in names)
+            whole = [p for p in walked if p.is_file() and not p.name.startswith(".")]
+            self.files = self.by_name((p.name, p) for p in whole)
             self.sizes = {name: p.stat().st_size for name, p in self.files.items()}
             self.read_file: Callable = Path.read_bytes
         elif zipfile.is_zipfile(path):
@@ -50,22 +55,32 @@ class Source:
                 archive = zipfile.ZipFile(path)
             except DAMAGED as error:
                 raise self.damaged(path.name, error) from None
-            self.files = {Path(m.filename).name: m for m in archive.infolist() if not m.is_dir()}
+            self.files = self.by_name((Path(m.filename).name, m) for m in archive.infolist() if not m.is_dir())
             self.sizes = {name: m.file_size for name, m in self.files.items()}
             self.read_file = archive.read
         elif path.is_file():
             try:  # a compressed tar archive cannot be read out of order: keep it all
                 with tarfile.open(path) as archive:
-                    self.files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}
+                    content = ((Path(m.name).name, archive.extractfile(m).read()) for m in archive if m.isfile())
+                    self.files = self.by_name(content)
             except DAMAGED as error:
                 raise UserError(
-                    f"{path}: not a whole zip or tar archive ({first_line(error)}); download it again, or give the "
-                    "folder of the files"
+                    f"{path}: not a whole zip or tar archive ({first_line(error)}); delete it and download it again, "
+                    "or give the folder of the files"
                 ) from None
             self.sizes = {name: len(content) for name, content in self.files.items()}
             self.read_file = bytes
         else:
             raise UserError(f"{path}: no such file or folder; give a local copy of the data set, or leave it out")
+
+    def by_name(self, files: Iterable[tuple[str, object]]) -> dict:
+        """The last file of each name; names that come twice are noted in ``twice``."""
+        found: dict = {}
+        for name, file in files:
+            if name in found:
+                self.twice.add(name)
+            found[name] = file
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -82,6 +97,8 @@ class Source:
         raise UserError(f"{self.path}: lacks {' or '.join(names)}; give the folder or archive that holds it")
 
     def read(self, name: str) -> bytes:
+        if name in self.twice:
+            raise UserError(f"{self.path}: holds {name} more than once; give the one folder or archive that is meant")
         try:
             return self.read_file(self.files[name])
         except DAMAGED as error:
@@ -174,7 +191,7 @@ def load_mnist(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 def load_photographs(source: Source) -> list[np.ndarray]:
     """The photographs of BSDS500 in the order of their names: uint8 (H, W, 3) each."""
-    names = source.names(".jpg")
+    names = [name for name in source.names(".jpg") if Path(name).stem.isdigit()]  # not 101087_small.jpg
     if not names:
         raise UserError(f"{source.path}: holds no .jpg; give BSR_bsds500.tgz or its folder images")
     if len(names) != 500:
@@ -240,11 +257,13 @@ class Celeba:
             if name not in lists and not beside.is_file():
                 return None
             text = lists.read(name) if name in lists else beside.read_bytes()
+            self.lists.update(name.encode() + text)
             try:
                 return {image: int(value) for image, value in map(str.split, text.decode("ascii").splitlines())}
             except ValueError:
                 raise UserError(f"{path}: {name}: each line must be an image and a number; download it again") from None
 
+        self.lists = hashlib.sha256()  # tells their versions apart
         self.partition = read_list("list_eval_partition.txt")
         self.identity = read_list("identity_CelebA.txt")
 
@@ -269,6 +288,7 @@ class Celeba:
         for name in self.names:
             if split := of_image.get(name):
                 pools[split].append(name)
+        self.check_gaps(of_image, pools, counts)
         for split, count in counts.items():
             if len(pools[split]) < count:
                 raise UserError(
@@ -276,6 +296,18 @@ class Celeba:
                     f"give all of CelebA, its identity_CelebA.txt, or smaller --face-counts"
                 )
         return {split: pools[split][:count] for split, count in counts.items()}
+
+    def check_gaps(self, of_image: dict, pools: dict[str, list[str]], counts: dict[str, int]) -> None:
+        """Raises UserError when the official partition has images before the last chosen one that are not there: later
+        ones would take their places."""
+        there = set(self.names)
+        for split, count in counts.items() if self.partition is not None else ():
+            last = pools[split][:count][-1:]
+            absent = [n for n, s in of_image.items() if s == split and last and n < last[0] and n not in there]
+            if absent:
+                raise UserError(
+                    f"{self.images.path}: lacks {len(absent)} images, such as {absent[0]}; give all of CelebA"
+                )
 
     def split_by_person(self, counts: dict[str, int]) -> dict[str, str]:
         assert self.identity is not None

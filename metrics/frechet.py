@@ -60,7 +60,8 @@ class Inception:
             except OSError:  # URLError is one: no network
                 raise UserError(MISSING) from None
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise UserError(f"the Inception weights under TORCH_HOME are damaged ({error}); delete them") from None
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"the Inception weights under TORCH_HOME are damaged ({reason}); delete them") from None
             return net.eval()
 
         self.dims = dims or 2048

@@ -4,12 +4,14 @@ import argparse
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,8 +195,26 @@ def test_unknown_and_absent_devices():
         pick_device("cuda:99")
 
 
+def test_a_gpu_that_does_not_work(monkeypatch, capsys):
+    """One that this PyTorch has no code for, say. Here is none at all."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def broken(*_args, **_options):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with more")
+
+    monkeypatch.setattr(torch, "ones", broken)
+    assert pick_device("auto") == CPU
+    assert capsys.readouterr().err == (
+        "note: the GPU does not work (CUDA error: no kernel image is available); the CPU computes\n"
+    )
+    with pytest.raises(UserError, match=r"--device cuda: does not work \(CUDA error: .*\); use --device cpu"):
+        pick_device("cuda")
+
+
 def test_each_of_several_processes_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("common.device.gpu_fault", lambda _: "")
     assert pick_device("cuda:3") == torch.device("cuda", 3)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -386,6 +406,55 @@ def test_images_appear_together_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_images(images, names, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def started(code: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, cwd=ROOT, env=environment, stderr=-1, text=True, check=False, **options)
+
+
+def test_output_without_room_is_one_line():
+    code = "from common.errors import run_main; run_main(lambda: print('all done'))"
+    with Path("/dev/full").open("w") as full:
+        done = started(code, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "-c: error: the output folder: the disk is full; free some space or choose another place\n"
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped():
+    code = "import sys; sys.stdout.reconfigure(encoding='ascii'); from common.errors import run_main; "
+    done = started(code + "run_main(lambda: print('caf\\xe9 \\udce9'))", stdout=-1)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\udce9\n", "")
+
+
+def test_closed_standard_error():
+    code = "import os, sys; os.close(2); sys.stderr = None; from common.errors import run_main; from tqdm import tqdm; "
+    assert started(code + "run_main(lambda: list(tqdm([1], disable=False)))", stdout=-1).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        ("import no_such_package", 1, "-c: error: the package no_such_package is not installed; use .venv/bin/python"),
+        ("raise KeyboardInterrupt", 130, "-c: interrupted\n"),
+    ],
+)
+def test_what_happens_before_a_script_runs_is_one_line(raised, code, line):
+    done = started(f"import common.start; {raised}", stdout=-1)
+    assert done.returncode == code
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_script_starts_alike():
+    scripts = [
+        path for path in (*ROOT.glob("*.py"), ROOT / "datasets" / "prepare.py") if "run_main(main)" in path.read_text()
+    ]
+    assert len(scripts) == 9
+    for path in scripts:
+        first = next(line for line in path.read_text().splitlines() if re.match("import|from", line))
+        assert first.startswith("import common.start"), path
 
 
 def test_a_reader_that_leaves_is_no_error():

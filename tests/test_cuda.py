@@ -44,6 +44,7 @@ def cuda(monkeypatch, tmp_path):
     monkeypatch.setattr(Process, "sigma", lambda _, t: t / 601)
     monkeypatch.setattr(p3_train, "reestimate_batch_norm", lambda *_: None)  # its mean reads a counter
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("common.device.gpu_fault", lambda _: "")
     monkeypatch.setattr(fake_tensors.FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
     for module in (p1_train, p2_train, p3_train, p2_test):
         for name, value in {

@@ -14,7 +14,7 @@ from common.errors import UserError
 from datasets.augment import diff_augment, normalise, random_flip
 from datasets.digits import load_digits, load_labels
 from datasets.faces import HELD_OUT, load_faces, load_reference
-from datasets.images import cache_file, cached, hold_out, load_split
+from datasets.images import cache_file, cached, find_mosaics, hold_out, load_split
 from tests.helpers import smooth_images, write_index, write_pngs
 
 
@@ -151,6 +151,21 @@ def test_missing_and_empty_folders(tmp_path):
 def test_reference_is_a_folder_or_the_validation_split(faces):
     assert torch.equal(load_reference(faces), load_reference(faces / "val"))
     assert len(load_reference(faces)) == 12
+
+
+def test_values_of_unknown_range_are_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    ramp = np.arange(64 * 64).reshape(64, 64)
+    for name, array in (("float.tif", (ramp / 4096).astype(np.float32)), ("wide.tif", (ramp % 256).astype(np.int32))):
+        Image.fromarray(array).save(tmp_path / "train" / name)
+    with pytest.raises(UserError, match=r"2 of 2 images cannot be read: .*float.tif, .*wide.tif"):
+        load_faces(tmp_path, "train")
+
+
+def test_mosaics_come_in_the_order_of_their_numbers(tmp_path):
+    for number in (9, 10, 100):
+        (tmp_path / f"train_{number}.png").touch()
+    assert [path.stem for path in find_mosaics(tmp_path, "train")] == ["train_9", "train_10", "train_100"]
 
 
 def test_sixteen_bits_are_brought_to_eight(tmp_path):

@@ -63,6 +63,14 @@ def test_labels_in_the_order_of_names(tmp_path, folder, channels, label):
     assert b"\r" not in out.read_bytes()
 
 
+def test_a_path_that_contradicts_its_images_is_noted(tmp_path, capsys):
+    write_pngs(tmp_path / "svhn", smooth_images(2, 28, 1))
+    assert classify(tmp_path / "svhn", tmp_path / "labels.csv").code == 0
+    assert "svhn by its path, usps by its images; --target decides" in capsys.readouterr().err
+    assert classify(tmp_path / "svhn", tmp_path / "labels.csv", "--target", "svhn").code == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_mixed_images_on_a_neutral_path(tmp_path):
     folder = tmp_path / "neutral"
     write_pngs(folder, smooth_images(3, 28))

@@ -10,6 +10,7 @@ import shutil
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -19,6 +20,7 @@ from scipy.io import savemat
 from sklearn.datasets import dump_svmlight_file
 
 from common.errors import UserError
+from common.files import alone_in
 from datasets import prepare, sources
 from datasets.digits import load_digits, load_labels
 from datasets.faces import load_faces
@@ -302,9 +304,10 @@ def test_a_file_in_place_of_its_folder(published, tmp_path):
 
 
 def test_photographs_smaller_than_a_digit(published, tmp_path):
-    damage(tmp_path / "bsds" / "a.jpg", encoded(np.zeros((27, 40, 3), np.uint8)))
+    damage(tmp_path / "bsds" / "1.jpg", encoded(np.zeros((27, 40, 3), np.uint8)))
+    damage(tmp_path / "bsds" / "1_small.jpg", encoded(np.zeros((28, 40, 3), np.uint8)))  # no photograph of the set
     outcome = build(published, tmp_path / "out", "--only", "mnistm", "--bsds", tmp_path / "bsds")
-    assert_user_error(outcome, "a.jpg", "40x27 pixels")
+    assert_user_error(outcome, "1.jpg", "40x27 pixels")
 
 
 def test_checksum_of_the_photographs(published, tmp_path):
@@ -367,6 +370,52 @@ def test_a_full_disk(published, tmp_path, monkeypatch):
 def test_wrong_sizes(published, tmp_path):
     celeba = tmp_path / "celeba"
     for number in (1, 2, 3, 4, 170_000, 170_001, 190_000):
-        damage(celeba / f"{number:06d}.jpg", encoded(np.zeros((100, 100, 3), np.uint8)))
+        damage(celeba / f"{number:06d}.jpg", encoded(np.zeros((300, 200, 3), np.uint8)))
     outcome = build(published, tmp_path / "x", "--only", "face", "--celeba", celeba)
-    assert_user_error(outcome, "000001.jpg", "smaller than 148 pixels")
+    assert_user_error(outcome, "000001.jpg", "200x300 pixels", "aligned images")
+
+
+def test_files_of_the_same_name_are_not_guessed(published, tmp_path):
+    for name in ("MNIST", "fashion"):
+        shutil.copytree(published / "mnist", tmp_path / "both" / name)
+    outcome = build(published, tmp_path / "x", "--only", "mnistm", "--mnist", tmp_path / "both")
+    assert_user_error(outcome, tmp_path / "both", "train-images-idx3-ubyte.gz more than once")
+
+
+def test_linked_folders_are_entered(published, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "usps").symlink_to(published / "usps")
+    assert build(published, tmp_path / "x", "--only", "usps", "--usps", tmp_path / "links").code == 0
+
+
+def test_missing_faces_are_not_replaced_by_later_ones(published, tmp_path):
+    celeba = tmp_path / "celeba"
+    with zipfile.ZipFile(published / "celeba" / "img_align_celeba.zip") as archive:
+        for name in archive.namelist():
+            damage(celeba / Path(name).name, archive.read(name))
+    shutil.copy(published / "celeba" / "list_eval_partition.txt", celeba)
+    (celeba / "000002.jpg").unlink()
+    outcome = build(published, tmp_path / "x", "--only", "face", "--celeba", celeba)
+    assert_user_error(outcome, celeba, "lacks 1 images, such as 000002.jpg")
+
+
+def test_another_list_starts_again(published, tmp_path, monkeypatch):
+    """Faces that were built by a wrong list are not kept."""
+    shutil.copytree(published / "celeba", tmp_path / "celeba")
+    monkeypatch.setattr(prepare, "CHUNK", 2)
+    monkeypatch.setattr(prepare, "finish", lambda *_: pytest.fail("stopped here"))
+    options = ("--only", "face", "--celeba", tmp_path / "celeba")
+    with pytest.raises(BaseException, match="stopped here"):
+        build(published, tmp_path / "x", *options)
+    monkeypatch.undo()
+    path = tmp_path / "celeba" / "list_eval_partition.txt"
+    path.write_text(path.read_text().replace("000001.jpg 0", "000001.jpg 2"))
+    assert build(published, tmp_path / "x", *options).code == 0
+    assert build(published, tmp_path / "y", *options).code == 0
+    assert files(tmp_path / "x") == files(tmp_path / "y")
+
+
+def test_one_process_builds(published, tmp_path):
+    with alone_in(tmp_path):
+        outcome = build(published, tmp_path, "--only", "usps")
+    assert_user_error(outcome, tmp_path, "is being built by another process")

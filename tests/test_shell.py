@@ -23,6 +23,12 @@ def test_through_a_link(tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["0001.png", "0002.png"]
 
 
+@pytest.mark.skipif(not shutil.which("dash"), reason="needs a shell that is not bash")
+def test_another_shell_hands_over_to_bash(tmp_path):
+    done = subprocess.run(["dash", ROOT / "hw2_1.sh"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "hw2_1.sh: error: usage: bash hw2_1.sh OUT\n")
+
+
 def test_a_user_error_is_one_line(tmp_path):
     (tmp_path / "out").write_text("")
     done = bash(ROOT / "hw2_1.sh", "out", cwd=tmp_path, PYTHON=sys.executable)
@@ -44,12 +50,14 @@ def test_without_arguments(tmp_path, script, arguments):
 @pytest.mark.parametrize(
     ("script", "given", "handed_on"),
     [
-        ("hw2_1.sh", ["my faces", "--count", "3"], ["p1_test.py", "--out", "my faces", "--count", "3"]),
-        ("hw2_2.sh", ["out", "--seed", "1"], ["p2_test.py", "--out", "out", "--seed", "1"]),
+        ("hw2_1.sh", ["my faces", "--count", "3"], ["p1_test.py", "--out=my faces", "--count", "3"]),
+        ("hw2_2.sh", ["-out", "--seed", "1"], ["p2_test.py", "--out=-out", "--seed", "1"]),
+        ("hw2_1.sh", ["--help"], ["p1_test.py", "--help"]),
+        ("hw2_3.sh", ["--help"], ["p3_test.py", "--help"]),
         (
             "hw2_3.sh",
             ["a b", "c d.csv", "--skip-bad"],
-            ["p3_test.py", "--images", "a b", "--out", "c d.csv", "--skip-bad"],
+            ["p3_test.py", "--images=a b", "--out=c d.csv", "--skip-bad"],
         ),
     ],
 )
@@ -111,6 +119,37 @@ def test_no_network_for_the_packages(clone, tmp_path):
         done = bash(clone / "go.sh", cwd=tmp_path, PYTHON=python)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].endswith("or set PYTHON to a Python that has the packages")
+        assert "free 6 GB" in done.stderr
+
+
+def test_an_environment_that_lost_its_packages_is_made_again(clone, tmp_path):
+    """As when the distribution moves to the next Python."""
+    python = stand_in(tmp_path, INSTALL)
+    assert bash(clone / "go.sh", cwd=tmp_path, PYTHON=python).returncode == 0
+    (module,) = (clone / ".venv").rglob("some_module.py")
+    module.unlink()
+    done = bash(clone / "go.sh", cwd=tmp_path, PYTHON=python)
+    assert (done.returncode, done.stdout[-2:]) == (0, "5\n"), done.stderr
+
+
+def test_two_scripts_started_at_once_make_one_environment(clone, tmp_path):
+    python, slow = stand_in(tmp_path, f"import time; time.sleep(1)\n{INSTALL}"), []
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHON"} | {"PYTHON": python}
+    for _ in range(2):
+        slow.append(subprocess.Popen(["bash", clone / "go.sh"], env=environment, stdout=-1, stderr=-1, text=True))
+    outputs = [process.communicate() for process in slow]
+    assert [out[-2:] for out, _ in outputs] == ["5\n"] * 2, outputs
+    assert "".join(errors for _, errors in outputs).count("installing them") == 1
+
+
+@pytest.mark.parametrize(("least", "enough"), [("1.26", True), ("99.1", False)])
+def test_versions_count(clone, tmp_path, least, enough):
+    (clone / "requirements.txt").write_text(f"numpy>={least}  # numpy\n")
+    (tmp_path / "numpy").mkdir()  # where the user is; no package
+    (tmp_path / "some_module.py").write_text("VALUE = 1")
+    (clone / "go.sh").write_text('. "$(dirname "$0")/python.sh"\nhas_packages "$PYTHON" requirements.txt && echo yes\n')
+    done = bash(clone / "go.sh", cwd=clone, PYTHON=sys.executable)
+    assert done.stdout == ("yes\n" if enough else "")
 
 
 def test_a_python_with_everything_is_used_as_it_is(clone, tmp_path):
