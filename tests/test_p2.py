@@ -357,7 +357,8 @@ def test_settings_without_and_with_a_sampler():
 
     assert settings() == p2_test.FAST
     assert settings("--w", "1") == p2_test.FAST | {"w": 1}
-    usual = {"sampler": "dpm++", "steps": 20, "eta": 0, "w": 2, "guide": (1, 600), "rescale": 0, "mean": None}
+    usual = {"sampler": "dpm++", "steps": 20, "power": 1, "eta": 0, "w": 2}
+    usual |= {"guide": (1, 600), "rescale": 0, "mean": None}
     assert settings("--sampler", "dpm++") == usual
     assert settings("--sampler", "ddpm") == usual | {"sampler": "ddpm", "steps": 600}
 

@@ -22,7 +22,7 @@ from models.unet import UNet_conditional
 from tests.helpers import ROOT, assert_user_error, run
 
 MEAN = [1.0, 2.0, 3.0]  # of the digits that the UNet's card tells of
-DIGITS = p2_test.FAST | {"mean": MEAN, "power": 1.0, "digits": "0123456789", "scored": "val"}
+DIGITS = p2_test.FAST | {"mean": MEAN, "digits": "0123456789", "scored": "val"}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def study(tmp_path, monkeypatch):
     digits = scores | {f"digit_{d}": 90.0 + d for d in range(10)}
     rows("digits.json", *((DIGITS | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)))
     slow = DIGITS | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
-    slow |= {"guide": [100, 400], "rescale": 0.0, "mean": None, "scored": "held-out"}
+    slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), (slow | {"w": 1}, scores, "other"))
 
     def trained(method, seed):
