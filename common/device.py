@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, is_out_of_memory
+from common.errors import UserError, first_line, is_out_of_memory
 from common.parallel import processes
 
 
@@ -46,7 +46,7 @@ def gpu_fault(device: torch.device) -> str:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        return str(error).strip().partition("\n")[0]
+        return first_line(error)
     return ""
 
 

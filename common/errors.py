@@ -35,6 +35,11 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}: {error.strerror or error}; check this path, or choose another place"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in a line; its kind when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of Python, PyTorch or CUDA says that there is not enough memory."""
     signs = ("out of memory", "allocate memory", "ALLOC_FAILED")

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import make_folder
 from datasets.images import UNREADABLE
 
@@ -118,10 +118,6 @@ class Source:
     def key(self) -> str:
         """Tells one version of the files from another, by their names and sizes."""
         return hashlib.sha256(repr(sorted(self.sizes.items())).encode()).hexdigest()[:16]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def download(name: str, folder: Path, bsds_sha256: str = "") -> Path:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from datasets.images import cached, checksum
 
 MISSING = (
@@ -60,7 +60,7 @@ class Inception:
             except OSError:  # URLError is one: no network
                 raise UserError(MISSING) from None
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                reason = str(error).strip().partition("\n")[0]
+                reason = first_line(error)
                 raise UserError(f"the Inception weights under TORCH_HOME are damaged ({reason}); delete them") from None
             return net.eval()
 

@@ -27,7 +27,6 @@ from models.unet import UNet_conditional
 from tests.helpers import assert_user_error, run
 
 TINY = ("--dim", 4, "--batch-size", 4, "--eval-images", 10, "--device", "cpu", "--no-bf16")
-CPU = torch.device("cpu")
 
 
 def train(digits, out, *options: object):

@@ -15,8 +15,6 @@ from datasets.augment import digit_input, geometry, negatives, neighbours, softe
 from models.dann import NETWORKS, Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def unlabelled(domains, tmp_path):
