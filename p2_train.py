@@ -70,6 +70,7 @@ RECIPES = {
         "anneal": False,
     },
 }
+LOW_NOISE = 250  # the highest t of --low-noise; below, textures are made, and p2_test.py does not guide
 # Samples during training; their seed is none that generated digits are reported for.
 EVAL = argparse.Namespace(
     sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), rescale=0.0, mean=None, seed=-2
@@ -91,6 +92,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--gamma", type=weight, help="* highest weight of the image error (min-SNR); 0 for none")
     parser.add_argument("--floor", type=weight, help="* lowest weight of the image error (truncated SNR); 0 for none")
+    what = f"share of images that are noised to t <= {LOW_NOISE} at most; the others to any t"
+    parser.add_argument("--low-noise", type=share_of_one, default=0.0, help=what)
     parser.add_argument("--drop", type=share_of_one, default=0.1, help="share of labels dropped, for guidance")
     parser.add_argument(
         "--drop-per", choices=("sample", "batch"), help="* drop labels one by one, or a batch's at once"
@@ -185,7 +188,7 @@ class DiffusionTrainer(Trainer):
         random = step_generator(device, o.seed, self.step)
         rows = torch.randint(len(self.images), (o.batch_size,), generator=random, device=device)
         x_0 = resize(normalise(self.images[rows]), o.size, antialias=True).contiguous(memory_format=torch.channels_last)
-        t = torch.randint(1, self.process.T + 1, (o.batch_size,), generator=random, device=device)
+        t = self.draw_steps(random)
         eps = torch.randn(x_0.shape, generator=random, device=device)
         draws = torch.rand(o.batch_size if o.drop_per == "sample" else 1, generator=random, device=device)
         y = torch.where(draws < o.drop, -1, self.labels[rows])
@@ -194,6 +197,15 @@ class DiffusionTrainer(Trainer):
         descend(loss, self.optimiser, o.lr * self.factor)
         self.ema.update(self.network, self.step)
         return loss.detach()[None]
+
+    def draw_steps(self, random: torch.Generator) -> Tensor:
+        """How far the images of a batch are noised, t (batch size,) in 1 ... T: uniform, or more often low."""
+        shape, device = (self.o.batch_size,), self.device
+        t = torch.randint(1, self.process.T + 1, shape, generator=random, device=device)
+        if self.o.low_noise:
+            low = torch.randint(1, LOW_NOISE + 1, shape, generator=random, device=device)
+            t = torch.where(torch.rand(shape, generator=random, device=device) < self.o.low_noise, low, t)
+        return t
 
     def describe(self, means: dict[str, float]) -> str:
         return "loss {loss:.4f}".format(**means)

@@ -160,6 +160,25 @@ def test_labels_are_dropped(digits, tmp_path, mean_inception, monkeypatch, learn
     assert dropped.any(1).equal(dropped.all(1)) == (drop_per == "batch")
 
 
+@pytest.mark.parametrize("low_noise", [0, 0.75])
+def test_low_noise_is_trained_more_often(digits, tmp_path, monkeypatch, low_noise):
+    """t is uniform in 1 ... 600, but for the share of --low-noise, which is uniform in 1 ... 250."""
+    seen = []
+
+    def loss(network, process, x_0, y, t, *_):
+        seen.append(t)
+        return network.outc.bias.sum()
+
+    monkeypatch.setattr(p2_train, "training_loss", loss)
+    options = ("--steps", 20, "--batch-size", 500, "--eval-images", 0, "--low-noise", low_noise)
+    assert train(digits, tmp_path, "--sample-every", 1000, *options).code == 0
+    t = torch.cat(seen)
+    assert (t.min(), t.max()) == (1, 600)
+    for below in (20, 120, 240):
+        share = low_noise * below / 250 + (1 - low_noise) * below / 600
+        assert (t <= below).float().mean().item() == pytest.approx(share, abs=0.02)  # 4 standard deviations
+
+
 def test_resized_digits(digits, tmp_path, mean_inception, monkeypatch, learnt):
     """With --size 32 the network learns, and samples, images of 32x32; what is saved and scored has 28x28."""
     assert train(digits, tmp_path, "--steps", 1, "--batch-size", 2, "--size", 32).code == 0
