@@ -27,10 +27,10 @@ from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import Parser, UserError, run_main
 from common.files import check_apart, check_file, check_writable
-from common.options import add_dims_option, positive_int, seed
+from common.options import add_dims_option, from_zero, positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record, weights_name
-from datasets.augment import resize
+from datasets.augment import normalise, resize
 from datasets.digits import CLASSES, SIZE
 from models.diffusion import Predict, Process, Watch, ddim, ddpm, dpm_solver_pp, guided, timesteps
 from models.unet import UNet_conditional
@@ -81,6 +81,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trajectory", type=Path, metavar="FILE", help="draw the reverse process of the first image")
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the digits of this folder")
     parser.add_argument("--held-out", action="store_true", help="with --evaluate: against the held-out training digits")
+    what = "with --evaluate: start from training digits noised to this t instead: what the steps below it cost"
+    parser.add_argument("--from-real", type=from_zero, metavar="T", help=what)
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="the course's Classifier.pth instead of ours")
     parser.add_argument("--neighbours", type=Path, metavar="FILE", help="with --evaluate: sheet of nearest neighbours")
     parser.add_argument("--unsure", type=Path, metavar="FILE", help=f"with --evaluate: the {UNSURE} least surely read")
@@ -120,8 +122,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--classifier {o.classifier}: rows of --record are of the shipped classifier; leave one out")
     if o.evaluate and len(o.digits) * o.per_digit < 2:
         raise UserError(f"--per-digit {o.per_digit}: a Fréchet distance needs at least 2 images")
-    for name in ("held_out", "classifier", "neighbours", "unsure", "dims"):
-        if getattr(o, name) and not o.evaluate:
+    if o.from_real is not None and (o.from_real > T or o.sampler == "ddpm"):
+        raise UserError(f"--from-real {o.from_real}: give a t from 0 to {T}, and another sampler than ddpm")
+    for name in ("held_out", "from_real", "classifier", "neighbours", "unsure", "dims"):
+        if not (getattr(o, name) is None or getattr(o, name) is False or o.evaluate):
             raise UserError(f"--{name.replace('_', '-')}: needs scores; add --evaluate hw2_data/digits/mnistm")
     return o
 
@@ -134,29 +138,33 @@ def solve(
     device: torch.device,
     watch: Watch | None = None,
     eta: float = 0.0,
-    mean: Sequence[float] | None = None,
+    image: Tensor | None = None,
     size: int = SIZE,
 ) -> Tensor:
-    """x_0 (N, 3, size, size), one for each of the CPU ``generators``, from which x_T and all later noise is drawn.
+    """x_0 (N, 3, size, size), one for each of the CPU ``generators``, from which x_t and all later noise is drawn.
 
-    ``steps`` as from ``timesteps``; ancestral sampling takes all T whatever they are. ``mean`` (0 to 255): x_T is drawn
-    from q(x_T | an image of this colour) instead of N(0, I). In training x_T still has a twentieth of its image, and
-    the network takes the colour of the whole image from it.
+    ``steps`` as from ``timesteps``, or from a lower t on; ancestral sampling takes all T whatever they are. ``image``
+    (-1 to 1; N of them, or one for all): the first x_t is drawn from q(x_t | image) instead of N(0, I).
     """
     process = Process()
 
     def draw(_t: int) -> Tensor:
         return torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
 
-    x_T = draw(process.T)
-    if mean:
-        colour = (torch.tensor(mean, device=device) / 127.5 - 1).view(3, 1, 1)
-        x_T = process.q_sample(colour, torch.full((len(x_T),), process.T, device=device), x_T)
+    x_t = draw(steps[0])
+    if image is not None:
+        x_t = process.q_sample(image, torch.full((len(x_t),), steps[0], device=device), x_t)
     if sampler == "ddpm":
-        return ddpm(predict, x_T, process, draw, watch)
+        return ddpm(predict, x_t, process, draw, watch)
     if sampler == "ddim":
-        return ddim(predict, x_T, process, steps, watch, eta, draw)
-    return dpm_solver_pp(predict, x_T, process, steps, watch)
+        return ddim(predict, x_t, process, steps, watch, eta, draw)
+    return dpm_solver_pp(predict, x_t, process, steps, watch)
+
+
+def one_colour(mean: Sequence[float] | None, device: torch.device) -> Tensor | None:
+    """The image (3, 1, 1) of --mean's colour, which x_T is the noise of. In training x_T still has a twentieth of its
+    image, and the network takes the colour of the whole image from it."""
+    return (torch.tensor(mean, device=device) / 127.5 - 1).view(3, 1, 1) if mean else None
 
 
 def image_generator(seed: int, digit: int, number: int) -> torch.Generator:
@@ -166,29 +174,39 @@ def image_generator(seed: int, digit: int, number: int) -> torch.Generator:
 
 @torch.inference_mode()
 def generate(
-    network: nn.Module, digits: list[int], per_digit: int, o: argparse.Namespace, device: torch.device, bar: bool = True
+    network: nn.Module,
+    digits: list[int],
+    per_digit: int,
+    o: argparse.Namespace,
+    device: torch.device,
+    bar: bool = True,
+    real: Tensor | None = None,
 ) -> Tensor:
     """Images 1 ... ``per_digit`` of each digit, uint8 (len(digits) * per_digit, 3, 28, 28) on the CPU, by digit.
 
     ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, eta, w, guide, rescale, mean, seed and
-    bf16. Every forward pass has exactly SLICE images.
+    bf16. With ``real``, images like those returned, it has ``from_real``, the t that they are noised to and sampled
+    from. Every forward pass has exactly SLICE images.
     """
     wanted = [(digit, number) for digit in digits for number in range(1, per_digit + 1)]
     images = []
     process = Process()
-    steps = timesteps(process, o.steps, o.power)
+    steps, image = timesteps(process, o.steps, o.power), one_colour(o.mean, device)
+    if real is not None:
+        steps = [o.from_real, *(t for t in steps if t < o.from_real)]
     with tqdm(total=len(wanted), desc="generating", unit="img", leave=False, disable=not bar) as progress:
         for start in range(0, len(wanted), SLICE):
-            part = wanted[start : start + SLICE]
-            full = part + part[-1:] * (SLICE - len(part))
-            y = torch.tensor([digit for digit, _ in full], device=device)
+            rows = [min(row, len(wanted) - 1) for row in range(start, start + SLICE)]
+            y = torch.tensor([wanted[row][0] for row in rows], device=device)
             predict = guided(network, process, y, o.w, o.guide, o.rescale)
-            generators = [image_generator(o.seed, *image) for image in full]
+            generators = [image_generator(o.seed, *wanted[row]) for row in rows]
+            if real is not None:
+                image = resize(normalise(real[rows].to(device)), network.size, antialias=True)
             with autocast(device, o.bf16):
-                x_0 = solve(predict, o.sampler, steps, generators, device, eta=o.eta, mean=o.mean, size=network.size)
-                images.append(to_uint8(resize(x_0, SIZE, antialias=True))[: len(part)])
-            progress.update(len(part))
-    return torch.cat(images)
+                x_0 = solve(predict, o.sampler, steps, generators, device, eta=o.eta, image=image, size=network.size)
+                images.append(to_uint8(resize(x_0, SIZE, antialias=True)))
+            progress.update(min(SLICE, len(wanted) - start))
+    return torch.cat(images)[: len(wanted)]
 
 
 @torch.inference_mode()
@@ -207,8 +225,8 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
             bar.update()
             return predict(x, t)
 
-        start = [image_generator(o.seed, digit, 1)]
-        solve(counted, "ddpm", [], start, device, watch, mean=o.mean, size=network.size)
+        generators, image = [image_generator(o.seed, digit, 1)], one_colour(o.mean, device)
+        solve(counted, "ddpm", [process.T], generators, device, watch, image=image, size=network.size)
     plot_images([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path, columns=len(FIGURE_T))
 
 
@@ -229,20 +247,28 @@ class Judge:
         from metrics.frechet import Inception
 
         self.classifier = load_classifier(classifier).to(device)
-        self.train, train_labels = load_digits(root, "train"), load_labels(root, "train")
+        self.root = root
+        self.train, self.labels = load_digits(root, "train"), load_labels(root, "train")
         if held_out:
             self.scored, self.what = "held-out", "held-out training digits"
-            (self.train, self.real), (train_labels, self.real_labels) = (
-                hold_out(x, HELD_OUT, root) for x in (self.train, train_labels)
+            (self.train, self.real), (self.labels, self.real_labels) = (
+                hold_out(x, HELD_OUT, root) for x in (self.train, self.labels)
             )
         else:
             self.scored, self.what = "val", "validation digits"
             self.real, self.real_labels = first_of_each(load_digits(root, "val"), load_labels(root, "val"), 200)
-        self.floor, _ = first_of_each(self.train, train_labels, 100)
+        self.floor, _ = first_of_each(self.train, self.labels, 100)
         self.inception = Inception(device, dims, also=(64, 192))
         name = f"inception{'_'.join(map(str, self.inception.sizes))}"
         self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_{self.scored}"))
         self.floor_features = self.inception.reference(self.floor, cache_file(root, f"{name}_train"))
+
+    def starts(self, digits: list[int], per_digit: int) -> Tensor:
+        """The first ``per_digit`` training digits of each of ``digits``, for --from-real."""
+        images = [self.train[self.labels == digit][:per_digit] for digit in digits]
+        if min(map(len, images)) < per_digit:
+            raise UserError(f"--per-digit {per_digit}: {self.root} has fewer of a digit; give less with --from-real")
+        return torch.cat(images)
 
     def __call__(
         self, paths: list[Path], labels: Tensor, neighbours: Path | None, unsure: Path | None
@@ -331,12 +357,12 @@ def main() -> None:
     pictures = (o.grid, o.trajectory, o.neighbours, o.unsure)
     check_apart(o.evaluate, o.out, *pictures)
     judge = Judge(o.evaluate, o.classifier, o.held_out, device, o.dims) if o.evaluate else None
-
+    real = judge.starts(digits, o.per_digit) if judge and o.from_real is not None else None
     check_writable(o.out)
     for path in pictures:
         check_file(path)
     start = time.monotonic()
-    images = generate(network, digits, o.per_digit, o, device)
+    images = generate(network, digits, o.per_digit, o, device, real=real)
     seconds = time.monotonic() - start
     names = [f"{digit}_{number:03d}.png" for digit in digits for number in range(1, o.per_digit + 1)]
     save_images(images, names, o.out)
@@ -352,6 +378,7 @@ def main() -> None:
             settings = (*FAST, "digits", "per_digit", "seed")
             key = {"weights": weights_name(o.weights), "scored": judge.scored}
             key |= {name: getattr(o, name) for name in settings}
+            key |= {"from_real": o.from_real} if o.from_real is not None else {}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)
 
 

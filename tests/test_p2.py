@@ -17,7 +17,8 @@ from common.checkpoint import load_state, load_weights, save_weights
 from common.pictures import plot_curves
 from common.results import read_results
 from datasets.augment import normalise, resize
-from datasets.digits import load_digits
+from datasets.digits import HELD_OUT, load_digits, load_labels
+from datasets.images import decode_files, hold_out
 from metrics.classify import accuracy, load_classifier
 from metrics.colour import COLOURS
 from metrics.neighbours import nearest
@@ -349,7 +350,8 @@ def test_starts_from_the_noise_of_a_colour(sampler):
 
     def start(mean):
         seen = {}
-        p2_test.solve(lambda x, _: x, sampler, [600, 0], noise(), device, lambda *s: seen.setdefault(*s), mean=mean)
+        image = p2_test.one_colour(mean, device)
+        p2_test.solve(lambda x, _: x, sampler, [600, 0], noise(), device, lambda *s: seen.setdefault(*s), image=image)
         return seen[600]
 
     assert torch.equal(start(None), eps)
@@ -384,9 +386,9 @@ def test_settings_without_and_with_a_sampler():
 def test_the_default_sampler_starts_from_the_mean_colour_that_the_card_tells(tmp_path, monkeypatch):
     means = []
 
-    def solve(*_, mean, **__):
-        means.append(mean)
-        return torch.zeros(10, 3, 28, 28)
+    def solve(*_, image, **__):
+        means.append(None if image is None else [round(c, 1) for c in (127.5 * (image.flatten() + 1)).tolist()])
+        return torch.zeros(p2_test.SLICE, 3, 28, 28)
 
     monkeypatch.setattr(p2_test, "solve", solve)
     torch.manual_seed(3)
@@ -396,8 +398,8 @@ def test_the_default_sampler_starts_from_the_mean_colour_that_the_card_tells(tmp
         for options in ((), ("--mean", 118.1, 119.1, 107.4), ("--sampler", "ddim")):
             common = ("--weights", tmp_path / f"{name}.safetensors", "--out", tmp_path / "out", "--device", "cpu")
             assert run(p2_test.main, *common, "--digits", 1, "--per-digit", 1, *options).code == 0
-    mnistm = (118.1, 119.1, 107.4)
-    assert means == [(1.0, 2.0, 3.0), list(mnistm), None, mnistm, list(mnistm), None]
+    mnistm = [118.1, 119.1, 107.4]
+    assert means == [[1, 2, 3], mnistm, None, mnistm, mnistm, None]
 
 
 def test_settings_reach_the_sampler(weights, tmp_path, monkeypatch):
@@ -420,7 +422,35 @@ def test_settings_reach_the_sampler(weights, tmp_path, monkeypatch):
     assert y[:6] == [3, 3, 0, 0, 5, 5]
     assert guidance == [1, (100, 400), 0.5]
     assert (sampler, steps) == ("ddim", timesteps(Process(), 3, 2))
-    assert rest == {"eta": 0.3, "mean": [1, 2, 3], "size": 28}
+    assert torch.equal(rest.pop("image"), torch.tensor([1, 2, 3]).view(3, 1, 1) / 127.5 - 1)
+    assert rest == {"eta": 0.3, "size": 28}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_from_real_digits(weights, digits, tmp_path, mean_inception, monkeypatch, held_out):
+    """With t = 0 there is nothing to sample: the first training digits of each class come out as they are."""
+    folds = (load_digits(digits, "train"), load_labels(digits, "train"))
+    images, labels = (hold_out(x, HELD_OUT, digits)[0] if held_out else x for x in folds)
+    first = torch.cat([images[labels == digit][:3] for digit in (4, 1)])
+    options = ["--digits", 41, "--per-digit", 3, "--evaluate", digits, *["--held-out"] * held_out]
+    record = tmp_path / "starts.json"
+    assert generate(weights, tmp_path / "out", *options, "--from-real", 0, "--record", record).code == 0
+    names = [f"{digit}_{number:03d}.png" for digit in (4, 1) for number in (1, 2, 3)]
+    assert torch.equal(decode_files([tmp_path / "out" / name for name in names], 28), first)
+    (row,) = read_results(record)
+    assert row["key"]["from_real"] == 0
+    seen, solve = [], p2_test.solve
+
+    def watched(predict, sampler, steps, *rest, image, **settings):
+        seen.append((steps, image))
+        return solve(predict, sampler, steps, *rest, image=image, **settings)
+
+    monkeypatch.setattr(p2_test, "solve", watched)
+    options += ["--sampler", "ddim", "--steps", 6, "--from-real", 250]
+    assert generate(weights, tmp_path / "out", *options).code == 0
+    ((steps, image),) = seen
+    assert steps == [250, 200, 100, 0]
+    assert torch.equal(image[:6], normalise(first))
 
 
 def test_figures(weights, tmp_path, monkeypatch):
@@ -499,6 +529,8 @@ def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_
     assert row["key"]["scored"] == "held-out"
     held_out = len(load_digits(root, "train")) // 10
     assert f"to {held_out} held-out training digits (training digits" in capsys.readouterr().out
+    outcome = generate(weights, tmp_path / "out", *options, "--held-out", "--from-real", 5, "--per-digit", 999)
+    assert_user_error(outcome, "--per-digit 999", root)
 
 
 @pytest.mark.parametrize(
@@ -523,6 +555,9 @@ def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_
         (("--neighbours", "x.png"), "--neighbours"),
         (("--unsure", "x.png"), "--unsure"),
         (("--held-out",), "--held-out"),
+        (("--from-real", 0), "--from-real: needs scores"),
+        (("--from-real", 601), "--from-real 601"),
+        (("--from-real", 9, "--sampler", "ddpm", "--steps", 600), "--from-real 9"),
         (("--dims", 768), "--dims"),
         (("--record", "x.json"), "--record"),
     ],
