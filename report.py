@@ -120,6 +120,8 @@ def build_digits(o: argparse.Namespace) -> str:
             options = ("--weights", weights, "--seed", seed, "--per-digit", tables.DIGITS)
             measure(o, "p2_test.py", data, record, *options)
     text = [f"{tables.training(card)}.", tables.digits_table(), "### Samplers", SAMPLERS, tables.samplers_table()]
+    if starts := tables.starts_table():
+        text += ["### Where the distance comes from", STARTS, starts]
     text += recipes("### Digit recipes", tables.digit_recipes_table())
     if drawn := curves(o, "p2_unet", "unet", p2_train.DiffusionTrainer.panels, "UNet, training"):
         text += ["### Training", last_run(card), *drawn]
@@ -190,6 +192,13 @@ images start from the same noise, and distances can be compared between them onl
 Colour off: the largest difference of the means of red, green and blue, and of their deviations. Calls: of the network,
 for an image. Times, with other work beside, can be compared on one processor only."""
 
+STARTS = """\
+Real training digits are noised to t, and sampled from there by the default sampler, against the held-out training
+digits. t = 0 is what real digits score; what the distance gains from row to row is lost in the steps between. A row:
+
+    python3 p2_test.py --out DIR --per-digit 20 --from-real T --evaluate hw2_data/digits/mnistm --held-out --record \
+results/starts.json"""
+
 RECIPES = """\
 Rows with the same first column can be compared: runs of the same length, annealed within it where the recipe anneals,
 and scored at their end on the slice of the training images that is held out. So a recipe is chosen without the
@@ -238,7 +247,7 @@ PARTS = {
         "Digits: class-conditional diffusion",
         build_digits,
         ("p2_unet", "digit_classifier"),
-        ("digits.json", "samplers.json", "recipes.json", "p2_unet_metrics.csv"),
+        ("digits.json", "samplers.json", "starts.json", "recipes.json", "p2_unet_metrics.csv"),
         ("p2_train.py", "p2_test.py", *MODULES),
         ("digits/mnistm",),
     ),

@@ -114,14 +114,18 @@ def faces_table() -> str:
     return table([f"{FACES:,} images of", "seeds", fd, "exactly one face", "published report"], lines)
 
 
-def scored_digits(**key: object) -> list[dict]:
-    """Rows of the shipped UNet with the default sampler."""
+def by_default(file: str, **key: object) -> list[dict]:
+    """Rows of a result file with the shipped UNet and the default sampler."""
     weights = weight_file("p2_unet")
     if not weights.exists():
         return []
     mean = load_weights(weights)[1].get("mean", p2_test.FAST["mean"])
-    default = p2_test.FAST | {"mean": mean, "per_digit": DIGITS, "scored": "val"}
-    return rows_of(RESULTS / "digits.json", weights, **default, **key)
+    return rows_of(RESULTS / file, weights, **p2_test.FAST | {"mean": mean}, **key)
+
+
+def scored_digits(**key: object) -> list[dict]:
+    """Rows of digits.json with the default sampler."""
+    return by_default("digits.json", per_digit=DIGITS, scored="val", **key)
 
 
 def digits_table() -> str:
@@ -170,6 +174,20 @@ def samplers_table() -> str:
     settings = ["sampler", "steps", "power", "w", "guided t", "rescale", "start", "images"]
     header = [*settings, "accuracy, %", *distances(rows[0]), "colour off, %", "calls", "ms an image", "on"]
     return table(header, lines)
+
+
+def starts_table() -> str:
+    """What the steps below t cost: accuracy and distances of digits sampled from real ones noised to t."""
+    rows = by_default("starts.json", scored="held-out")
+    if not rows:
+        return ""
+    lines, noise = [], Process().T + 1
+    for row in sorted(rows, key=lambda row: row["key"].get("from_real", noise)):
+        key, scores = row["key"], row["scores"]
+        start = f"real digits at t = {key['from_real']}" if "from_real" in key else "noise (mean colour)"
+        found = [f"{scores[name]:.3f}" for name in distances(row)]
+        lines.append([start, str(len(key["digits"]) * key["per_digit"]), f"{scores['accuracy']:.1f}", *found])
+    return table(["start", "images", "accuracy, %", *distances(rows[0])], lines)
 
 
 def adaptation_rows(**key: object) -> list[dict]:

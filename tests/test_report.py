@@ -63,6 +63,9 @@ def study(tmp_path, monkeypatch):
     slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), (slow | {"w": 1}, scores, "other"))
 
+    starts = [DIGITS | {"per_digit": 20, "seed": 0, "scored": "held-out"} | x for x in ({}, {"from_real": 0})]
+    rows("starts.json", *((key, scores, unet) for key in starts), (starts[0] | {"from_real": 9}, scores, "other"))
+
     def trained(method, seed):
         key = {"method": method, "network": "dann", "target": "usps", "seed": seed}
         return key | {"checkpoint": "best", "scored": "val", "training": f"--seed {seed}"}
@@ -122,6 +125,10 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert len(samplers) == 4  # the row of other weights is left out
     settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
     assert samplers[3] == f"| {settings} | {scores} | 75 | 1000 | an abacus |"
+    assert tables.starts_table().splitlines()[2:] == [
+        "| real digits at t = 0 | 200 | 98.7 | 0.100 | 0.400 |",
+        "| noise (mean colour) | 200 | 98.7 | 0.100 | 0.400 |",
+    ]
     digits = tables.digits_table()
     assert "| FD-768 to 2,000 validation digits | 0.400 ± 0.000 | 0.0500 |" in digits
     assert "| mean of red, green, blue against validation digits, % | -1.5, -1.5, -1.5 | -1.5, -1.5, -1.5 |" in digits

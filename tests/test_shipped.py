@@ -80,7 +80,7 @@ def test_shipped_weights_are_those_that_the_scripts_take(tmp_path, monkeypatch):
 
 
 HEADLINES = (tables.faces_table, tables.digits_table, tables.adaptation_table)
-DETAILS = (tables.samplers_table, tables.face_recipes_table, tables.digit_recipes_table)
+DETAILS = (tables.samplers_table, tables.starts_table, tables.face_recipes_table, tables.digit_recipes_table)
 DETAILS += (tables.seeds_table, tables.ablation_table)
 SHOWN = [("README.md", t) for t in HEADLINES] + [("report/README.md", t) for t in HEADLINES + DETAILS]
 
