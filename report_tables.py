@@ -54,7 +54,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def rows_of(path: Path, file: Path | None = None, **key: object) -> list[dict]:
-    """Rows of a result file with these entries in their keys, measured with the weight file ``file`` as it is now."""
+    """Rows of a result file with these entries (None: not there) in their keys, measured with the weight file ``file``
+    as it is now."""
     if not path.exists() or (file and not file.exists()):
         return []
     wanted = stored(key)
@@ -125,7 +126,7 @@ def by_default(file: str, **key: object) -> list[dict]:
 
 def scored_digits(**key: object) -> list[dict]:
     """Rows of digits.json with the default sampler."""
-    return by_default("digits.json", per_digit=DIGITS, scored="val", **key)
+    return by_default("digits.json", per_digit=DIGITS, scored="val", from_real=None, **key)
 
 
 def digits_table() -> str:
@@ -153,7 +154,7 @@ def digits_table() -> str:
 
 def samplers_table() -> str:
     """Accuracy, distances to held-out training digits and time for samplers, steps and guidance."""
-    rows = rows_of(RESULTS / "samplers.json", weight_file("p2_unet"), scored="held-out")
+    rows = rows_of(RESULTS / "samplers.json", weight_file("p2_unet"), scored="held-out", from_real=None)
     if not rows:
         return "Not measured yet: results/samplers.json has no rows for these weights."
     lines = []

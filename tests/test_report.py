@@ -61,7 +61,8 @@ def study(tmp_path, monkeypatch):
     rows("digits.json", *((DIGITS | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)))
     slow = DIGITS | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
     slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
-    rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), (slow | {"w": 1}, scores, "other"))
+    others = (slow | {"w": 1}, scores, "other"), (slow | {"w": 3, "from_real": 9}, scores, unet)
+    rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), *others)
 
     starts = [DIGITS | {"per_digit": 20, "seed": 0, "scored": "held-out"} | x for x in ({}, {"from_real": 0})]
     rows("starts.json", *((key, scores, unet) for key in starts), (starts[0] | {"from_real": 9}, scores, "other"))
@@ -122,7 +123,7 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert faces[2] == "| training data (the floor) | 1 | 0.076 | 94.1 % |  |"
     assert "| SNGAN | 5 | 0.520 ± 0.016 | 97.0 ± 1.6 % | FID 25.66, faces 92.2 % |" in faces
     samplers = tables.samplers_table().splitlines()
-    assert len(samplers) == 4  # the row of other weights is left out
+    assert len(samplers) == 4  # the rows of other weights and of real starts are left out
     settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
     assert samplers[3] == f"| {settings} | {scores} | 75 | 1000 | an abacus |"
     assert tables.starts_table().splitlines()[2:] == [
