@@ -16,7 +16,7 @@ import common.start  # noqa: F401
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -125,7 +125,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if o.from_real is not None and (o.from_real > T or o.sampler == "ddpm"):
         raise UserError(f"--from-real {o.from_real}: give a t from 0 to {T}, and another sampler than ddpm")
     for name in ("held_out", "from_real", "classifier", "neighbours", "unsure", "dims"):
-        if not (getattr(o, name) is None or getattr(o, name) is False or o.evaluate):
+        if getattr(o, name) != parser.get_default(name) and not o.evaluate:
             raise UserError(f"--{name.replace('_', '-')}: needs scores; add --evaluate hw2_data/digits/mnistm")
     return o
 
@@ -265,10 +265,10 @@ class Judge:
 
     def starts(self, digits: list[int], per_digit: int) -> Tensor:
         """The first ``per_digit`` training digits of each of ``digits``, for --from-real."""
-        images = [self.train[self.labels == digit][:per_digit] for digit in digits]
-        if min(map(len, images)) < per_digit:
+        images, _ = first_of_each(self.train, self.labels, per_digit, digits)
+        if len(images) < len(digits) * per_digit:
             raise UserError(f"--per-digit {per_digit}: {self.root} has fewer of a digit; give less with --from-real")
-        return torch.cat(images)
+        return images
 
     def __call__(
         self, paths: list[Path], labels: Tensor, neighbours: Path | None, unsure: Path | None
@@ -339,9 +339,11 @@ def draw_unsure(images: Tensor, p: Tensor, labels: Tensor, path: Path) -> None:
     plot_images(images[least], titles, path, columns=10)
 
 
-def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` images of each class and their labels, by class."""
-    rows = torch.cat([(labels == digit).nonzero()[:count, 0] for digit in range(CLASSES)])
+def first_of_each(
+    images: Tensor, labels: Tensor, count: int, digits: Iterable[int] = range(CLASSES)
+) -> tuple[Tensor, Tensor]:
+    """The first ``count`` images of each class, or of these, and their labels, by class."""
+    rows = torch.cat([(labels == digit).nonzero()[:count, 0] for digit in digits])
     return images[rows], labels[rows]
 
 
