@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +20,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, prog: str | None = None):
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's, which takes the value of ``--out=--`` for a missing one, and gives an empty list."""
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"{word}: -- is no value; a path of that name is ./--")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")

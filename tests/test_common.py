@@ -481,6 +481,7 @@ def test_a_reader_that_leaves_is_no_error():
         ("--batch 1", "argument --batch: 1 is not a whole number from 2"),
         ("--images 1", "argument --images: 1 is not 0 or a whole number from 2"),
         (f"--seed {2**63}", f"argument --seed: {2**63} is not a whole number from -2.63 to below 2.63"),
+        ("--steps=--", "--steps=--: -- is no value; a path of that name is ./--"),
         ("--steps " + "9" * 400, "argument --steps: 9+ is not a positive whole number"),
     ],
 )
