@@ -21,7 +21,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None, prog: str | None = None):
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's, which takes the value of ``--out=--`` for a missing one, and gives an empty list."""
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("--") and word.endswith("=--"):

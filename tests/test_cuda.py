@@ -15,11 +15,11 @@ import p2_train
 import p3_train
 from models.diffusion import Process
 
-RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),  # copies ask for it
-    pytest.mark.skipif(RELEASE < (2, 14), reason="imitated tensors of torch 2.4 crash; they were tried with 2.14"),
+    pytest.mark.skipif(
+        torch.__version__ < (2, 14), reason="imitated tensors of torch 2.4 crash; they were tried with 2.14"
+    ),
 ]
 CUDA = torch.device("cuda", 0)
 
