@@ -129,6 +129,16 @@ def generator_loss(fake: Tensor, kind: str) -> Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
+def both_logits(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 logits (N,) of the real and of the generated images, (N, 3, 64, 64) each. They go through a network
+    with batch norm one after the other, so that each kind is normalised apart, and through one without together:
+    that takes one spectral normalisation less (a sixth of an update on a CPU)."""
+    if discriminator.batch_norm:
+        return discriminator.logits(real).float(), discriminator.logits(fake).float()
+    logits_real, logits_fake = discriminator.logits(torch.cat([real, fake])).float().chunk(2)
+    return logits_real, logits_fake
+
+
 def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argparse.Namespace) -> Tensor:
     """One update of both networks. Returns float32 (4,): loss_d, loss_g, mean D(x), mean D(G(z)).
 
@@ -146,8 +156,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
 
     with autocast(device, o.bf16):
         fake = diff_augment(nets.generator(z), o.augment, random)
-        logits_real = nets.discriminator.logits(real).float()
-        logits_fake = nets.discriminator.logits(fake.detach()).float()
+        logits_real, logits_fake = both_logits(nets.discriminator, real, fake.detach())
     loss_d = discriminator_loss(logits_real, logits_fake, o.loss)
     descend(loss_d, nets.opt_d, o.lr_d * factor)
 

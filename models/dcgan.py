@@ -62,6 +62,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, 3, 64, 64) in [-1, 1] -> probability of being real (N,). 4,316,545 parameters at ``dim`` 64."""
 
+    batch_norm = True  # what it says of an image depends on the others in the batch
+
     def __init__(self, dim: int = 64):
         super().__init__()
 

@@ -20,6 +20,8 @@ class Discriminator(nn.Module):
     ``torch.nn.utils.spectral_norm`` is used because it leaves the printed network as the report has it.
     """
 
+    batch_norm = False
+
     def __init__(self, dim: int = 64):
         super().__init__()
 

@@ -80,6 +80,20 @@ def test_one_step_moves_everything_the_right_way(model):
     assert scores[-1] > scores[0]
 
 
+@pytest.mark.parametrize("model", [dcgan, sngan])
+def test_each_kind_of_image_is_judged_by_itself(model):
+    """The logits of generated images are those they have alone, whatever the real images are."""
+    torch.manual_seed(0)
+    discriminator = model.Discriminator(dim=2)
+    if model is sngan:
+        discriminator.eval()  # no power iteration between the calls
+    real, fake = torch.randn(2, 5, 3, 64, 64)
+    of_real, of_fake = p1_train.both_logits(discriminator, real, fake)
+    assert of_real.std() > 0 and of_fake.std() > 0
+    assert torch.allclose(of_real, discriminator.logits(real), atol=1e-6)
+    assert torch.allclose(of_fake, discriminator.logits(fake), atol=1e-6)
+
+
 def test_batch_norm_statistics_of_the_average():
     """After re-estimation, each batch norm sees inputs of mean 0 and variance 1 for its own statistics."""
     torch.manual_seed(0)
