@@ -83,8 +83,8 @@ class ClassifierTrainer(Trainer):
 
 def main() -> None:
     o = parse_with_resume(build_parser(), sys.argv[1:])
-    trainer = ClassifierTrainer(o)
     images, labels = load_digits(o.data, "val"), load_labels(o.data, "val")  # told at once when they are missing
+    trainer = ClassifierTrainer(o)
     trainer.train()
     if not is_first():
         return

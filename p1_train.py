@@ -62,7 +62,9 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--model", choices=MODELS, default="sngan")
-    parser.add_argument("--recipe", choices=("ours", "report"), default="ours", help="defaults of the options marked *")
+    parser.add_argument(
+        "--recipe", choices=("ours", "report"), default="ours", help="sets the options marked *, see README"
+    )
     parser.add_argument("--data", type=Path, default=Path("hw2_data/face"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates of each network")
     parser.add_argument("--batch-size", type=several, default=64, help="images per update")

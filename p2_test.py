@@ -62,7 +62,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each (default: 100)")
     default = (
         "default: {sampler} with {steps} steps, power {power:g}, eta {eta:g}, w {w:g}, guided {guide[0]} to "
-        "{guide[1]}, rescale {rescale:g}, mean {mean[0]:g} {mean[1]:g} {mean[2]:g}"
+        "{guide[1]}, rescale {rescale:g}, mean as in the card of the weights"
     )
     parser.add_argument("--sampler", choices=SAMPLERS, help=default.format(**FAST))
     parser.add_argument(

@@ -1,9 +1,10 @@
-"""Train the class-conditional diffusion model of digits (problem 2) on MNIST-M, 28x28.
+r"""Train the class-conditional diffusion model of digits (problem 2) on MNIST-M, 28x28.
 
   python3 p2_train.py --data hw2_data/digits/mnistm                     # our recipe; a GPU: minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --max-minutes 100   # stop, annealed, after 100 minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --recipe report     # the report's own recipe
-  python3 p2_train.py --init checkpoints/p2_unet.safetensors --max-minutes 100   # go on from finished weights
+  python3 p2_train.py --init checkpoints/p2_unet.safetensors --gamma 0 --low-noise 0.75 --batch-size 16 --ema 0.998 \
+      --max-minutes 100                                                 # go on from the shipped weights
   python3 p2_train.py --resume runs/p2_000                              # go on after Ctrl-C or a kill
   torchrun --standalone --nproc-per-node 4 p2_train.py                  # four GPUs, a quarter of a batch on each
 
@@ -80,7 +81,7 @@ EVAL = argparse.Namespace(
 def build_parser() -> Parser:
     parser = Parser(__doc__)
     boolean = argparse.BooleanOptionalAction
-    parser.add_argument("--recipe", choices=RECIPES, default="ours", help="defaults of the options marked *")
+    parser.add_argument("--recipe", choices=RECIPES, default="ours", help="sets the options marked *, see README")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, help="* images per update")

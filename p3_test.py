@@ -26,7 +26,7 @@ from common.checkpoint import load_network
 from common.device import pick_device
 from common.ema import reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
-from common.files import atomic, check_file, make_folder
+from common.files import atomic, check_file, check_writable, make_folder, real_path
 from common.pictures import plot_images, plot_points
 from common.results import add_record_option, check_record, record
 from datasets.augment import digit_input
@@ -60,9 +60,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     if o.images and not o.out:
         parser.error("--images needs --out, the CSV file to write")
     check_record(o.record, bool(o.evaluate))
-    if o.evaluate and o.out and o.out.resolve() == o.evaluate.resolve():
+    if o.evaluate and o.out and real_path(o.out) == real_path(o.evaluate):
         raise UserError(f"{o.out}: holds the true labels (--evaluate); give --out another file")
-    if o.errors and o.errors.resolve() in [path.resolve() for path in (o.out, o.evaluate) if path]:
+    if o.errors and real_path(o.errors) in [real_path(path) for path in (o.out, o.evaluate) if path]:
         raise UserError(f"{o.errors}: is --out or --evaluate, too; give --errors another file")
     if o.errors and not o.evaluate:
         parser.error("--errors needs --evaluate, the true labels")
@@ -237,6 +237,8 @@ def main() -> None:
         raise UserError(f"{weights}: --tsne draws the features of the report's own network, and this is another")
     check_file(o.out)
     check_file(o.errors)
+    if o.tsne:
+        check_writable(o.tsne)
     if o.images:
         images, names = decode_files(paths, SIZE), [path.name for path in paths]
         p = reader.probabilities(images)

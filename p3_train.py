@@ -1,7 +1,7 @@
 """Train a digit classifier for a target domain (problem 3): MNIST-M to SVHN or USPS.
 
   python3 p3_train.py --method dann    --target svhn    # DANN: labels of the source, images of the target
-  python3 p3_train.py --method dann-st --target svhn    # our best: DANN and self-training
+  python3 p3_train.py --method dann-st --target svhn    # our best: self-training (usps: with DANN)
   python3 p3_train.py --method source  --target svhn    # lower bound: trained on MNIST-M alone
   python3 p3_train.py --method target  --target svhn    # upper bound: trained on the target's labels
   python3 p3_train.py --resume runs/p3_dann-st_svhn_000

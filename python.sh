@@ -58,6 +58,7 @@ make_environment() { # ENVIRONMENT BASE FILE...
 
 find_python() {
     local files=() environment=$repository/.venv base=${PYTHON:-python3} file
+    case $base in /*) ;; */*) base=$PWD/$base ;; esac # the caller may change the folder
     for file; do files+=("$repository/$file"); done
     python=$base
     if has_packages "$python" "${files[@]}"; then return; fi

@@ -227,10 +227,11 @@ runs/p3_dann_svhn_000/best.safetensors --out labels.csv --evaluate train.csv --r
 HEAD = """\
 # Report
 
-Every table and figure of the study, made by `python3 report.py --data hw2_data` from the shipped weights (the report's
-recipes, from weights that are not shipped). The tables are those of `results/*.json`, where each row has its command,
-commit (`+changes`: the working tree differed from it) and hardware; some numbers of the observations are of earlier
-runs, whose rows the history of these files has. Definitions are in the repository's README, [The
+*The report*, in all that follows, is the published one, whose networks and recipes are repeated here. Every table and
+figure of the study, made by `python3 report.py --data hw2_data` from the shipped weights (the report's recipes, from
+weights that are not shipped). The tables are those of `results/*.json`, where each row has its command, commit
+(`+changes`: the working tree differed from it) and hardware; some numbers of the observations are of earlier runs,
+whose rows the history of these files has. Definitions are in the repository's README, [The
 numbers](../README.md#the-numbers)."""
 
 MODULES = ("common", "datasets", "metrics", "models")
@@ -316,7 +317,7 @@ def read_parts(path: Path) -> dict[str, str]:
     """The texts of the parts that a README.md has."""
     if not path.exists():
         return {}
-    head, *chapters = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    head, *chapters = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
     if not head.startswith("# Report\n"):
         raise UserError(f"{path}: not made by this script; move it away, or give --out another folder")
     texts = dict(zip(chapters[::2], chapters[1::2], strict=True))

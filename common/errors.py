@@ -15,11 +15,22 @@ class UserError(Exception):
     """Something the user can mend. The message names the file or option, and the remedy."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and adds an option's default where its help does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "default" in text or text.startswith("*")  # *: the default is the recipe's
+        if told or any(action.default is none for none in (None, False, argparse.SUPPRESS)):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """Parses a script's options; ``--help`` shows its docstring. Raises UserError for what it cannot take."""
 
     def __init__(self, description: str | None, prog: str | None = None):
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, description=description, formatter_class=HelpFormatter)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

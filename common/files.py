@@ -11,6 +11,11 @@ from pathlib import Path
 from common.errors import UserError
 
 
+def real_path(path: Path) -> Path:
+    """The path without symbolic links, as ``Path.resolve``, which before Python 3.13 fails where links form a loop."""
+    return Path(os.path.realpath(path))
+
+
 def check_replaceable(path: Path) -> None:
     """Raises UserError when there is something else than a file under this name."""
     if path.is_dir():
@@ -28,7 +33,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success rename it to ``path``, on any error remove it. Raises
     UserError when ``path`` is something else than a file."""
     check_replaceable(Path(path))
-    path = Path(path).resolve()  # what a symbolic link points to is replaced, not the link
+    path = real_path(path)  # what a symbolic link points to is replaced, not the link
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -44,15 +49,15 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path, wait: bool = True) -> Iterator[None]:
+def alone_in(folder: Path, busy: str = "") -> Iterator[None]:
     """Wait until no other process or thread is in here with the same folder: for files that several scripts change.
-    Raises BlockingIOError instead, without ``wait``. On file systems that have no locks nobody waits."""
+    With ``busy`` raises UserError of this text instead. On file systems that have no locks nobody waits."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
-            raise
+            raise UserError(busy) from None
         except OSError:  # ENOSYS, ENOLCK: some network file systems
             pass
         yield
@@ -95,7 +100,7 @@ def check_file(path: Path | None) -> None:
 def check_apart(real: Path | None, *outputs: Path | None) -> None:
     """Raises UserError when an output is the folder ``real`` or in it: no generated image must get among real ones."""
     for out in outputs if real else ():
-        if out and out.resolve().is_relative_to(real.resolve()):
+        if out and real_path(out).is_relative_to(real_path(real)):
             raise UserError(f"{out}: lies in {real}, the real images to compare with; choose another place")
 
 

@@ -38,7 +38,8 @@ def save_png(image: Tensor, path: Path, compress_level: int = 6) -> None:
 
 
 def save_images(images: Tensor, names: list[str], out: Path) -> None:
-    """uint8 (N, C, H, W) -> ``out/NAME`` for each name. All files appear together, at the end, or none does.
+    """uint8 (N, C, H, W) -> ``out/NAME`` for each name. All files appear together, at the end; before that an error
+    leaves none, and a folder that was not there goes.
 
     The folder is made when missing. A note names files in it that are not of this set.
     """

@@ -152,19 +152,16 @@ class Run:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep the folder from other processes. Raises UserError when one trains in it."""
-        try:
-            with alone_in(make_folder(self.folder / "samples"), wait=False):
-                yield
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: is being trained by another process; wait for it, or stop it") from None
+        busy = f"{self.folder}: is being trained by another process; wait for it, or stop it"
+        with alone_in(make_folder(self.folder / "samples"), busy):
+            yield
 
     def log(self, row: dict[str, object]) -> None:
         """Append a row to metrics.csv, of the same columns as all others; floats keep 5 significant digits."""
         row = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-        new = not self.metrics_path.exists()
         with self.metrics_path.open("a", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, list(row))
-            if new:
+            writer = csv.DictWriter(f, list(row), lineterminator="\n")
+            if not f.tell():  # empty
                 writer.writeheader()
             writer.writerow(row)
 
@@ -172,13 +169,12 @@ class Run:
         """Drop metric rows after ``step``, which a killed run may have logged after its last save, and cut ones."""
         if not self.metrics_path.exists():
             return
-        with self.metrics_path.open(newline="", encoding="utf-8") as f:
-            reader = csv.DictReader(f)
-            rows = [row for row in reader if row["step"].isdecimal() and int(row["step"]) <= step]
-        with atomic(self.metrics_path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, reader.fieldnames or ["step"])
-            writer.writeheader()
-            writer.writerows(rows)
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        header, *rows = [line for line in lines if line.endswith("\n")] or [""]
+        steps = [row.partition(",")[0] for row in rows]
+        kept = [row for row, n in zip(rows, steps, strict=True) if n.isdecimal() and int(n) <= step]
+        with atomic(self.metrics_path) as temporary:
+            temporary.write_text("".join([header, *kept]), encoding="utf-8")
 
 
 class Budget:

@@ -1,6 +1,7 @@
 """The training loop that the three problems share: update, log, show, evaluate, save, resume, stop."""
 
 import argparse
+import errno
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -79,7 +80,8 @@ class Trainer:
         else:
             self.run = Run.start(name, o, before) if is_first() else Run(o.out)  # the others write nothing
         self.budget = Budget(o.steps, o.max_minutes, elapsed)
-        self.clock = self.last_save = time.monotonic()
+        self.last_save = time.monotonic()
+        self.start_clock()
         torch.backends.cudnn.benchmark = True
 
     def alone(self) -> AbstractContextManager:
@@ -94,6 +96,10 @@ class Trainer:
     @property
     def factor(self) -> float:
         return annealed(self.life) if self.o.anneal else 1.0
+
+    def start_clock(self) -> None:
+        """What the speed in metrics.csv is measured from."""
+        self.clock, self.clocked = time.monotonic(), self.step
 
     def update(self) -> Tensor:
         """One update of all networks; returns ``losses``, float32 on the device, without waiting for it."""
@@ -183,15 +189,15 @@ class Trainer:
     def log(self, bar: tqdm, scores: dict) -> None:
         """A row of metrics.csv: mean losses since the last row, and the scores, if any."""
         self.check()
-        now = time.monotonic()
         means = dict(zip(self.losses, (self.sums / max(self.since, 1)).tolist(), strict=True))
-        rate = self.since * self.o.batch_size / max(now - self.clock, 1e-9)
+        rate = (self.step - self.clocked) * self.o.batch_size / max(time.monotonic() - self.clock, 1e-9)
         row = {"step": self.step, "minutes": self.budget.elapsed / 60, "images_per_s": rate, "lr_factor": self.factor}
         losses = means if self.since else dict.fromkeys(means)
         self.run.log(row | losses | {name: scores.get(name) for name in self.scores})
         bar.set_postfix_str(f"{self.describe(means)}, {rate:.0f} img/s")
         self.sums.zero_()
-        self.since, self.clock = 0, now
+        self.since = 0
+        self.start_clock()
 
     def checkpoint(self, bar: tqdm, evaluate: bool) -> None:
         """Picture, scores where asked for, exported weights, curves."""
@@ -202,7 +208,7 @@ class Trainer:
             save_png(picture, self.run.folder / "samples" / f"{self.step:07d}.png")
         scores = self.evaluate() if evaluate else {}
         self.log(bar, scores)
-        self.clock = time.monotonic()  # the time a checkpoint takes is not training speed
+        self.start_clock()  # the time a checkpoint takes is not training speed
         self.export("last", scores)
         if scores:
             tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
@@ -221,11 +227,13 @@ class Trainer:
         bar = tqdm(
             initial=self.step, total=self.o.steps, unit="step", desc=self.run.folder.name, disable=not is_first()
         )
+        self.start_clock()
         with self.alone(), StopFlag() as stop, bar:
             try:
                 stopped = self.loop(bar, stop)
-            except BrokenPipeError:  # Ctrl-C has stopped what reads the output, as ``tee`` does, before this script
-                if is_first():
+            except OSError as error:
+                # Ctrl-C has stopped what reads the output, as ``tee`` does, before this script, or the terminal is gone
+                if is_first() and (isinstance(error, BrokenPipeError) or error.errno == errno.EIO):
                     self.save()
                 raise
             leave()

@@ -89,8 +89,8 @@ def geometry(
     width: tuple[float, float] = (1.0, 1.0),
     height: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Rotation by up to ``turn`` radians, scale 1 +- ``zoom`` in each direction, shift by up to ``shift`` of half the
-    side; the border is repeated. Before that, what is seen is made wider and higher by factors from these ranges."""
+    """Shift by up to ``shift`` of half the side, rotation by up to ``turn`` radians, then scale 1 +- ``zoom`` along
+    either axis of the image, times factors from ``width`` and ``height``; the border is repeated."""
     n = len(x)
 
     def draw(low: float, high: float) -> Tensor:

@@ -7,8 +7,8 @@ Three forms are read:
   50 columns, filled row by row, and ``SPLIT.csv`` whose column ``image_name`` lists the tiles in order.
   40,000 faces fit in 85 MB this way, so they can be carried to a machine without a network.
 
-Any mode is converted: gray, palette and transparent images become RGB (transparency is dropped), and with
-``channels=1`` everything becomes gray (ITU-R 601 luma). A tile of another size is resized (Lanczos).
+Any mode is converted: gray, palette and transparent images become RGB (transparency is dropped). A tile of another
+size is resized (Lanczos).
 """
 
 import csv
@@ -56,29 +56,29 @@ def check_range(image: Image.Image) -> None:
         raise ValueError(f"values of an unknown range (mode {image.mode})")
 
 
-def read_image(path: Path, size: int | None = None, channels: int = 3) -> np.ndarray:
-    """One image file -> uint8 (size, size, channels), or its own (H, W, channels) without ``size``."""
+def read_image(path: Path, size: int | None = None) -> np.ndarray:
+    """One image file -> uint8 (size, size, 3), or its own (H, W, 3) without ``size``."""
     with Image.open(path) as image:
         check_range(image)
         if image.mode.startswith("I"):  # 16 bits, which ``convert`` would cut off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB" if channels == 3 else "L")
+        image = image.convert("RGB")
         if size is not None and image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.LANCZOS)
-        return np.asarray(image).reshape(image.height, image.width, channels)
+        return np.asarray(image)
 
 
-def decode_files(paths: list[Path], size: int, channels: int = 3, what: str = "images") -> Tensor:
-    """Image files -> uint8 (N, channels, size, size), in parallel, with a progress bar.
+def decode_files(paths: list[Path], size: int, what: str = "images") -> Tensor:
+    """Image files -> uint8 (N, 3, size, size), in parallel, with a progress bar.
 
     Raises one UserError that names the unreadable files, if any.
     """
-    pixels = np.empty((len(paths), size, size, channels), np.uint8)
+    pixels = np.empty((len(paths), size, size, 3), np.uint8)
     bad: list[Path] = []
 
     def decode(i: int) -> None:
         try:
-            pixels[i] = read_image(paths[i], size, channels)
+            pixels[i] = read_image(paths[i], size)
         except UNREADABLE:
             bad.append(paths[i])
 
@@ -100,20 +100,20 @@ def find_mosaics(folder: Path, split: str) -> list[Path]:
     return mosaics
 
 
-def decode_mosaics(mosaics: list[Path], index: Path, size: int, channels: int = 3, what: str = "images") -> Tensor:
-    """Packed mosaics -> uint8 (N, channels, size, size), N being the rows of ``index``."""
+def decode_mosaics(mosaics: list[Path], index: Path, size: int, what: str = "images") -> Tensor:
+    """Packed mosaics -> uint8 (N, 3, size, size), N being the rows of ``index``."""
     count = len(read_index(index))
-    pixels = np.empty((count, size, size, channels), np.uint8)
+    pixels = np.empty((count, size, size, 3), np.uint8)
     start = 0
     for path in tqdm(mosaics, f"decoding {what}", unit="mosaic", disable=count < 2000):
         try:
-            grid = read_image(path, None, channels)
+            grid = read_image(path)
         except UNREADABLE:
             raise UserError(f"{path}: cannot be read; copy it again") from None
         rows, columns = grid.shape[0] // size, COLUMNS
         if grid.shape[1] != columns * size or grid.shape[0] % size:
             raise UserError(f"{path}: {grid.shape[1]}x{grid.shape[0]} is not a mosaic of {size}x{size} tiles")
-        tiles = grid.reshape(rows, size, columns, size, channels).swapaxes(1, 2).reshape(-1, size, size, channels)
+        tiles = grid.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
         tiles = tiles[: count - start]
         pixels[start : start + len(tiles)] = tiles
         start += len(tiles)
@@ -212,8 +212,8 @@ def cached(path: Path, key: str, compute: Callable[[], Tensor]) -> Tensor:
     return tensor
 
 
-def load_split(root: Path, split: str, size: int, channels: int = 3, listed: bool = False) -> Tensor:
-    """The images of a split: uint8 (N, channels, size, size), from the first of these forms that is there:
+def load_split(root: Path, split: str, size: int, listed: bool = False) -> Tensor:
+    """The images of a split: uint8 (N, 3, size, size), from the first of these forms that is there:
 
     - the folder ``root/split/``, all of its images; with ``listed`` the files of ``root/data/`` that stand in the
       column image_name of ``root/split.csv``, in that order;
@@ -226,18 +226,18 @@ def load_split(root: Path, split: str, size: int, channels: int = 3, listed: boo
         raise UserError(f"{root}: no such folder; see README, Data")
     folder, index = root / ("data" if listed else split), root / f"{split}.csv"
     mosaics, what = find_mosaics(root, split), f"{root.name}/{split}"
-    cache = cache_file(root, f"{split}_{size}x{size}x{channels}")
+    cache = cache_file(root, f"{split}_{size}x{size}x3")
     if folder.is_dir():
         paths = [folder / row["image_name"] for row in read_index(index)] if listed else list_images(folder)
-        absent = [p for p in paths if not p.is_file()]
+        absent = [p for p in paths if not p.is_file()] if listed else []
         if absent:
             raise UserError(f"{index}: lists {len(absent)} images that are not there: {name_some(absent)}; copy them")
-        key = fingerprint(paths, size, channels)
-        return cached(cache, key, lambda: decode_files(paths, size, channels, what))
+        key = fingerprint(paths, size, 3)
+        return cached(cache, key, lambda: decode_files(paths, size, what))
     if mosaics:
         read_index(index)
-        key = fingerprint([*mosaics, index], size, channels)
-        return cached(cache, key, lambda: decode_mosaics(mosaics, index, size, channels, what))
+        key = fingerprint([*mosaics, index], size, 3)
+        return cached(cache, key, lambda: decode_mosaics(mosaics, index, size, what))
     raise UserError(f"{root}: has neither a folder {folder.name}/ nor packed mosaics {split}_00.*; see README, Data")
 
 

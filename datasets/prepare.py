@@ -244,12 +244,9 @@ def finish(folder: Path, plan: Plan) -> str:
 
 def main() -> None:
     o = build_parser().parse_args(sys.argv[1:])
-    try:
-        with alone_in(make_folder(o.dest), wait=False):
-            for name in o.only:
-                prepare(name, o)
-    except BlockingIOError:
-        raise UserError(f"{o.dest}: is being built by another process; wait for it, or stop it") from None
+    with alone_in(make_folder(o.dest), f"{o.dest}: is being built by another process; wait for it, or stop it"):
+        for name in o.only:
+            prepare(name, o)
 
 
 if __name__ == "__main__":

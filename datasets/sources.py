@@ -141,7 +141,7 @@ def download(name: str, folder: Path, bsds_sha256: str = "") -> Path:
         elif name == "celeba":
             datasets.CelebA(folder, download=True)
         elif not (folder / "BSR_bsds500.tgz").is_file():
-            torch.hub.download_url_to_file(BSDS_URL, str(folder / "BSR_bsds500.tgz"), bsds_sha256 or None)
+            torch.hub.download_url_to_file(BSDS_URL, str(folder / "BSR_bsds500.tgz"), bsds_sha256.lower() or None)
     except Exception as error:  # gdown, which torchvision uses for CelebA, has exceptions of its own
         raise UserError(
             f"{name}: could not be downloaded ({first_line(error)}); give a local copy with --{name} PATH"

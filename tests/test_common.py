@@ -330,10 +330,17 @@ def test_run_folders_are_numbered_and_rows_after_a_step_are_dropped(tmp_path, mo
     assert record["options"]["max_minutes"] == 9
     for step in (10, 20, 30):
         runs[0].log({"step": step, "loss": step / 7})
+    kept = ["step,loss", "10,1.4286", "20,2.8571"]
     with runs[0].metrics_path.open("a") as f:
-        f.write(",4.2")
+        f.write("2")  # of a row for step 25, cut
     runs[0].forget_after(20)
-    assert runs[0].metrics_path.read_text().split() == ["step,loss", "10,1.4286", "20,2.8571"]
+    assert runs[0].metrics_path.read_text().split() == kept
+    for cut in ("", "step,lo"):
+        runs[0].metrics_path.write_text(cut)
+        runs[0].forget_after(20)
+        for step in (10, 20):
+            runs[0].log({"step": step, "loss": step / 7})
+        assert runs[0].metrics_path.read_text().split() == kept
 
 
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path):
@@ -368,6 +375,40 @@ def test_what_a_link_points_to_is_written(tmp_path):
         temporary.write_text("new")
     assert link.is_symlink()
     assert (tmp_path / "there" / "real.csv").read_text() == "new"
+
+
+def test_links_in_a_loop_are_replaced(tmp_path):
+    link = tmp_path / "labels.csv"
+    link.symlink_to(link)
+    with atomic(link) as temporary:
+        temporary.write_text("new")
+    assert link.read_text() == "new"
+
+
+def test_what_happens_inside_is_not_taken_for_another_process(tmp_path):
+    run = Run.start("p1", argparse.Namespace(out=tmp_path, resume=None))
+    with pytest.raises(BlockingIOError), run.alone():
+        raise BlockingIOError
+    with pytest.raises(UserError, match="is being trained by another process"), run.alone(), run.alone():
+        pass
+
+
+def test_help_tells_defaults_but_for_those_of_a_recipe(capsys):
+    parser = Parser("What it does.\n  Second line.")
+    parser.add_argument("--seed", default=0, help="seed of it")
+    parser.add_argument("--lr", default=0.5, help="* the rate")
+    parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
+    parser.add_argument("--out", help="a folder")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "What it does.\n  Second line.\n" in text
+    assert [line.partition("  ")[2].strip() for line in text.split("\n  --")[1:]] == [
+        "seed of it (default: 0)",
+        "* the rate",
+        "auto or cpu (default: auto)",
+        "a folder",
+    ]
 
 
 def test_pixels_are_rounded_and_clamped():

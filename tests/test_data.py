@@ -221,6 +221,13 @@ def test_wrong_labels_are_named(tmp_path, label):
         load_labels(tmp_path, "train")
 
 
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    write_pngs(tmp_path / "train", smooth_images(2, 64))
+    (tmp_path / "train" / "x.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(FileNotFoundError, match=r"x\.png"):
+        load_faces(tmp_path, "train")
+
+
 def test_wrong_lists_are_named(tmp_path):
     write_pngs(tmp_path / "data", smooth_images(2, 28))
     index = tmp_path / "train.csv"

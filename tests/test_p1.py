@@ -1,6 +1,7 @@
 """Problem 1, end to end on tiny data: training, resuming, generating, scoring, and what a user can get wrong."""
 
 import csv
+import errno
 import os
 import signal
 from pathlib import Path
@@ -190,12 +191,13 @@ def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model
     assert losses(tmp_path / "a" / name) == losses(tmp_path / "b" / name)
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "Input/output error")])
 def test_a_run_is_saved_when_its_output_is_cut_off_or_its_last_evaluation_killed(
-    faces, tmp_path, mean_inception, monkeypatch
+    faces, tmp_path, mean_inception, monkeypatch, error
 ):
     def report(self, bar):
         if self.step == 2:
-            raise BrokenPipeError
+            raise error
 
     def evaluate(self):
         raise KeyboardInterrupt
@@ -204,7 +206,7 @@ def test_a_run_is_saved_when_its_output_is_cut_off_or_its_last_evaluation_killed
     with monkeypatch.context() as patch:
         patch.setattr(p1_train.FaceTrainer, "report", report)
         patch.setattr("sys.argv", ["p1_train.py"])
-        with pytest.raises(BrokenPipeError):
+        with pytest.raises(type(error)):
             words = map(str, ("--data", faces, "--out", tmp_path / "a", *TINY, "--steps", 4))
             p1_train.FaceTrainer(p1_train.parse_options(list(words))).train()
     assert load_state(tmp_path / "a" / name / "state.pt")["step"] == 2

@@ -161,6 +161,15 @@ def test_a_python_with_everything_is_used_as_it_is(clone, tmp_path):
     assert not (clone / ".venv").exists()
 
 
+def test_a_python_given_from_here(clone, tmp_path):
+    """Its path stays good where a wrapper changes the folder."""
+    (clone / "requirements.txt").write_text("numpy  # numpy\n")
+    (clone / "go.sh").write_text('. "$(dirname "$0")/python.sh"\nfind_python requirements.txt\ncd /\n"$python" -V\n')
+    (tmp_path / "here").symlink_to(sys.prefix)
+    done = bash(clone / "go.sh", cwd=tmp_path, PYTHON="here/bin/python")
+    assert (done.returncode, done.stdout[:7]) == (0, "Python "), done.stderr
+
+
 def test_no_python(clone, tmp_path):
     done = bash(clone / "go.sh", cwd=tmp_path, PYTHON="no-such-python")
     assert done.returncode == 1
