@@ -69,7 +69,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         "--steps", type=positive_int, help="network steps (with --sampler: 20; ddpm always takes all 600)"
     )
     parser.add_argument("--power", type=float, help="spacing: t = T (1 - i/steps)^power (with --sampler: 1, even)")
-    parser.add_argument("--eta", type=float, help="fresh noise in ddim: 0 none, 1 as ddpm (with --sampler: 0)")
+    parser.add_argument("--eta", type=float, help="fresh noise in each step: 0 none, 1 as in ddpm (with --sampler: 0)")
     parser.add_argument("--w", type=float, help="guidance: (1 + w) eps_y - w eps; 0 is none (with --sampler: 2)")
     parser.add_argument("--guide", type=int, nargs=2, metavar="T", help="guide from this t to this t only")
     parser.add_argument(
@@ -108,8 +108,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--power {o.power}: from 1 (even steps) to 10; 1 to 2 make sense")
     if o.power != 1 and o.sampler == "ddpm":
         raise UserError(f"--power {o.power}: ddpm takes all {T} steps; leave it out, or use --sampler ddim")
-    if not 0 <= o.eta <= 1 or (o.eta and o.sampler != "ddim"):
-        raise UserError(f"--eta {o.eta}: from 0 to 1, for --sampler ddim only")
+    if not 0 <= o.eta <= 1 or (o.eta and o.sampler == "ddpm"):
+        raise UserError(f"--eta {o.eta}: from 0 to 1, for --sampler ddim and dpm++ only")
     if not 0 <= o.rescale <= 1:
         raise UserError(f"--rescale {o.rescale}: from 0 (guidance as it is) to 1 (contrast as without guidance)")
     if o.mean and not all(0 <= c <= 255 for c in o.mean):
@@ -158,7 +158,7 @@ def solve(
         return ddpm(predict, x_t, process, draw, watch)
     if sampler == "ddim":
         return ddim(predict, x_t, process, steps, watch, eta, draw)
-    return dpm_solver_pp(predict, x_t, process, steps, watch)
+    return dpm_solver_pp(predict, x_t, process, steps, watch, eta, draw)
 
 
 def one_colour(mean: Sequence[float] | None, device: torch.device) -> Tensor | None:

@@ -204,12 +204,20 @@ def ddim(
 
 
 def dpm_solver_pp(
-    predict: Predict, x: Tensor, process: Process, steps: Sequence[int], watch: Watch | None = None
+    predict: Predict,
+    x: Tensor,
+    process: Process,
+    steps: Sequence[int],
+    watch: Watch | None = None,
+    eta: float = 0.0,
+    draw: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) along ``steps`` (descending, T to 0): Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
 
     The second-order multistep solver of the data prediction; the first step is of first order, and so is the last
     one when it ends in the clean image, where the log signal-to-noise ratio lambda is infinite. x_0 is clamped.
+    ``eta`` = 0 is deterministic; 1 is SDE-DPM-Solver++(2M) of the same paper, and values between have less fresh noise.
+    ``draw(t)`` -> standard normal noise like x, needed for eta > 0.
     """
     if watch:
         watch(steps[0], x)
@@ -224,7 +232,10 @@ def dpm_solver_pp(
             if x_0_before is not None:
                 r = h_before / h
                 data = x_0 + (x_0 - x_0_before) / (2 * r)
-            x = process.sigma(s) / process.sigma(t) * x - process.signal(s) * math.expm1(-h) * data
+            kept = process.sigma(s) / process.sigma(t) * math.exp(-eta * h)
+            x = kept * x - process.signal(s) * math.expm1(-(1 + eta) * h) * data
+            if draw and eta > 0:
+                x = x + process.sigma(s) * math.sqrt(-math.expm1(-2 * eta * h)) * draw(t)
             h_before = h
         x_0_before = x_0
         if watch:

@@ -181,6 +181,42 @@ def test_ddim_with_all_steps_and_noise_is_ancestral_sampling():
     assert not torch.allclose(some, ancestral, atol=1e-3)
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp])
+def test_fresh_noise_takes_the_place_of_the_old(sampler, eta):
+    """On the way to a known image x_t has the mean and variance of q(x_t | x_0), whatever the steps."""
+    random, x_0, t = torch.Generator().manual_seed(1), 0.7, 80
+    x_T = PROCESS.signal(600) * x_0 + PROCESS.sigma(600) * normal(40_000, 1, 1, 1)
+
+    def sampled(draw):
+        def oracle(x, t):
+            return PROCESS.to_eps(x, t, torch.full_like(x, x_0))
+
+        return sampler(oracle, x_T, PROCESS, [600, 420, 300, t], eta=eta, draw=draw)
+
+    x_t = sampled(lambda _t: torch.randn(x_T.shape, dtype=x_T.dtype, generator=random))
+    assert x_t.mean().item() == pytest.approx(PROCESS.signal(t) * x_0, abs=0.005)
+    assert x_t.std().item() == pytest.approx(PROCESS.sigma(t), rel=0.02)
+    assert sampled(torch.zeros_like(x_T).mul).std() < 0.95 * PROCESS.sigma(t)  # a part of it was fresh
+
+
+def test_the_second_order_pays_with_fresh_noise_too():
+    """Deviation of samples of Gaussian data, in as many steps."""
+    x_T = normal(40_000, 1, 1, 1)
+
+    def error(sampler, steps):
+        random = torch.Generator().manual_seed(1)
+
+        def draw(_t):
+            return torch.randn(x_T.shape, dtype=x_T.dtype, generator=random)
+
+        x = sampler(predict_gaussian, x_T, PROCESS, timesteps(PROCESS, steps, power=2), eta=0.5, draw=draw)
+        return abs(x.std().item() / STD - 1)
+
+    assert error(dpm_solver_pp, 40) < 0.5 * error(ddim, 40)
+    assert error(dpm_solver_pp, 40) < 0.05
+
+
 def test_one_exact_prediction_is_enough():
     """With the true noise, every sampler returns the image."""
     x_0, eps = normal(2, 3, 4, 4).clamp(-1, 1), normal(2, 3, 4, 4, seed=1)
