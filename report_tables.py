@@ -164,7 +164,7 @@ def samplers_table() -> str:
         guided = "" if key["w"] == 0 else "all" if (low, high) == (1, 600) else f"{low} to {high}"
         count = len(key["digits"]) * key["per_digit"]
         name = f"{key['sampler']}, eta {key['eta']:g}" if key["eta"] else key["sampler"]
-        start = "mean colour" if key["mean"] else "0"
+        start = " ".join(f"{c:.0f}" for c in key["mean"]) if key["mean"] else "0"
         cells = [name, key["steps"], key["power"], f"{key['w']:g}", guided, f"{key['rescale']:g}", start, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         colour = " / ".join(f"{max(abs(scores[f'{name}_{c}']) for c in 'rgb'):.1f}" for name in ("mean", "std"))
