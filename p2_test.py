@@ -58,8 +58,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p2_unet.safetensors")
-    parser.add_argument("--digits", default="0123456789", help="which digits (default: 0123456789)")
-    parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each (default: 100)")
+    parser.add_argument("--digits", default="0123456789", help="which digits")
+    parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each")
     default = (
         "default: {sampler} with {steps} steps, power {power:g}, eta {eta:g}, w {w:g}, guided {guide[0]} to "
         "{guide[1]}, rescale {rescale:g}, mean as in the card of the weights"
@@ -76,7 +76,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         "--rescale", type=float, help="share of guidance's contrast taken back; mean colour is kept, too"
     )
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean colour (0 to 255) of x_T")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
     parser.add_argument("--trajectory", type=Path, metavar="FILE", help="draw the reverse process of the first image")
     parser.add_argument("--evaluate", type=Path, metavar="REAL", help="score against the digits of this folder")
@@ -88,7 +88,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--unsure", type=Path, metavar="FILE", help=f"with --evaluate: the {UNSURE} least surely read")
     add_dims_option(parser)
     add_record_option(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
     o = parser.parse_args(argv)
     T = Process().T
@@ -156,9 +156,8 @@ def solve(
         x_t = process.q_sample(image, torch.full((len(x_t),), steps[0], device=device), x_t)
     if sampler == "ddpm":
         return ddpm(predict, x_t, process, draw, watch)
-    if sampler == "ddim":
-        return ddim(predict, x_t, process, steps, watch, eta, draw)
-    return dpm_solver_pp(predict, x_t, process, steps, watch, eta, draw)
+    along = ddim if sampler == "ddim" else dpm_solver_pp
+    return along(predict, x_t, process, steps, watch, eta, draw)
 
 
 def one_colour(mean: Sequence[float] | None, device: torch.device) -> Tensor | None:

@@ -53,7 +53,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add_record_option(parser)
     parser.add_argument("--tsne", type=Path, metavar="FOLDER", help="draw features by class and by domain")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="for --tsne: mnistm, svhn, usps")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     o = parser.parse_args(argv)
     if not o.images and not o.tsne:
         parser.error("give --images and --out, or --tsne")

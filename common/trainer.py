@@ -81,7 +81,6 @@ class Trainer:
             self.run = Run.start(name, o, before) if is_first() else Run(o.out)  # the others write nothing
         self.budget = Budget(o.steps, o.max_minutes, elapsed)
         self.last_save = time.monotonic()
-        self.start_clock()
         torch.backends.cudnn.benchmark = True
 
     def alone(self) -> AbstractContextManager:
@@ -208,7 +207,6 @@ class Trainer:
             save_png(picture, self.run.folder / "samples" / f"{self.step:07d}.png")
         scores = self.evaluate() if evaluate else {}
         self.log(bar, scores)
-        self.start_clock()  # the time a checkpoint takes is not training speed
         self.export("last", scores)
         if scores:
             tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -6,7 +6,8 @@ Every sampler is a function of a noise predictor and a start:
 
     sampler(predict, x_T, process, ...) -> x_0        predict(x_t, t) -> eps,  t an int in 1 ... T
 
-and calls ``watch(t, x_t)``, where given, at the start and after every step.
+and calls ``watch(t, x_t)``, where given, at the start and after every step. What is random in a step comes from
+``draw(t)`` -> standard normal noise like x_t, for the step that begins at t.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 Predict = Callable[[Tensor, int], Tensor]
 Watch = Callable[[int, Tensor], None]
+Draw = Callable[[int], Tensor]
 
 
 class Process:
@@ -152,13 +154,8 @@ def timesteps(process: Process, steps: int, power: float = 1.0) -> list[int]:
     return [max(round(process.T * (1 - i / steps) ** power), steps - i) for i in range(steps + 1)]
 
 
-def ddpm(
-    predict: Predict, x: Tensor, process: Process, draw: Callable[[int], Tensor], watch: Watch | None = None
-) -> Tensor:
-    """Ancestral sampling (DDPM algorithm 2) in T steps, with the variance of the posterior (eq. 7) and x_0 clamped.
-
-    ``draw(t)`` -> standard normal noise like x, for the step from t to t - 1.
-    """
+def ddpm(predict: Predict, x: Tensor, process: Process, draw: Draw, watch: Watch | None = None) -> Tensor:
+    """Ancestral sampling (DDPM algorithm 2) in T steps, with the variance of the posterior (eq. 7) and x_0 clamped."""
     if watch:
         watch(process.T, x)
     for t in range(process.T, 0, -1):
@@ -180,13 +177,13 @@ def ddim(
     steps: Sequence[int],
     watch: Watch | None = None,
     eta: float = 0.0,
-    draw: Callable[[int], Tensor] | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
     """Sampling along ``steps`` (descending, T to 0): DDIM, eq. 12, with sigma of eq. 16. x_0 is clamped, and eps
     derived from it again.
 
     Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502). ``eta`` = 0 is deterministic; with 1,
-    along all T steps, it is ancestral sampling. ``draw(t)`` -> standard normal noise like x, needed for eta > 0.
+    along all T steps, it is ancestral sampling. ``draw`` is needed for eta > 0.
     """
     if watch:
         watch(steps[0], x)
@@ -210,14 +207,14 @@ def dpm_solver_pp(
     steps: Sequence[int],
     watch: Watch | None = None,
     eta: float = 0.0,
-    draw: Callable[[int], Tensor] | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) along ``steps`` (descending, T to 0): Lu et al. 2022 (arXiv:2211.01095), algorithm 2.
 
     The second-order multistep solver of the data prediction; the first step is of first order, and so is the last
     one when it ends in the clean image, where the log signal-to-noise ratio lambda is infinite. x_0 is clamped.
     ``eta`` = 0 is deterministic; 1 is SDE-DPM-Solver++(2M) of the same paper, and values between have less fresh noise.
-    ``draw(t)`` -> standard normal noise like x, needed for eta > 0.
+    ``draw`` is needed for eta > 0.
     """
     if watch:
         watch(steps[0], x)

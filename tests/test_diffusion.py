@@ -52,6 +52,12 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def draws(like: torch.Tensor, seed: int):
+    """draw(t) for the samplers."""
+    random = torch.Generator().manual_seed(seed)
+    return lambda _t: torch.randn(like.shape, dtype=like.dtype, generator=random)
+
+
 def test_schedule_is_that_of_the_report():
     assert PROCESS.T == 600
     assert PROCESS.beta.dtype == torch.float64
@@ -161,13 +167,8 @@ def test_solvers_converge_to_the_flow_at_their_order(sampler, order):
 
 
 def test_ancestral_sampling_gives_the_data_distribution():
-    random = torch.Generator().manual_seed(0)
     x_T = normal(20_000, 1, 1, 1)
-
-    def draw(t):
-        return torch.randn(x_T.shape, dtype=x_T.dtype, generator=random)
-
-    x = ddpm(predict_gaussian, x_T, PROCESS, draw)
+    x = ddpm(predict_gaussian, x_T, PROCESS, draws(x_T, seed=0))
     assert x.mean().item() == pytest.approx(MEAN, abs=0.005)
     assert x.std().item() == pytest.approx(STD, rel=0.06)
 
@@ -185,7 +186,7 @@ def test_ddim_with_all_steps_and_noise_is_ancestral_sampling():
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp])
 def test_fresh_noise_takes_the_place_of_the_old(sampler, eta):
     """On the way to a known image x_t has the mean and variance of q(x_t | x_0), whatever the steps."""
-    random, x_0, t = torch.Generator().manual_seed(1), 0.7, 80
+    x_0, t = 0.7, 80
     x_T = PROCESS.signal(600) * x_0 + PROCESS.sigma(600) * normal(40_000, 1, 1, 1)
 
     def sampled(draw):
@@ -194,7 +195,7 @@ def test_fresh_noise_takes_the_place_of_the_old(sampler, eta):
 
         return sampler(oracle, x_T, PROCESS, [600, 420, 300, t], eta=eta, draw=draw)
 
-    x_t = sampled(lambda _t: torch.randn(x_T.shape, dtype=x_T.dtype, generator=random))
+    x_t = sampled(draws(x_T, seed=1))
     assert x_t.mean().item() == pytest.approx(PROCESS.signal(t) * x_0, abs=0.005)
     assert x_t.std().item() == pytest.approx(PROCESS.sigma(t), rel=0.02)
     assert sampled(torch.zeros_like(x_T).mul).std() < 0.95 * PROCESS.sigma(t)  # a part of it was fresh
@@ -205,12 +206,8 @@ def test_the_second_order_pays_with_fresh_noise_too():
     x_T = normal(40_000, 1, 1, 1)
 
     def error(sampler, steps):
-        random = torch.Generator().manual_seed(1)
-
-        def draw(_t):
-            return torch.randn(x_T.shape, dtype=x_T.dtype, generator=random)
-
-        x = sampler(predict_gaussian, x_T, PROCESS, timesteps(PROCESS, steps, power=2), eta=0.5, draw=draw)
+        along, draw = timesteps(PROCESS, steps, power=2), draws(x_T, seed=1)
+        x = sampler(predict_gaussian, x_T, PROCESS, along, eta=0.5, draw=draw)
         return abs(x.std().item() / STD - 1)
 
     assert error(dpm_solver_pp, 40) < 0.5 * error(ddim, 40)
