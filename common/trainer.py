@@ -4,8 +4,8 @@ import argparse
 import errno
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Protocol
 
@@ -100,6 +100,13 @@ class Trainer:
         """What the speed in metrics.csv is measured from."""
         self.clock, self.clocked = time.monotonic(), self.step
 
+    @contextmanager
+    def off_clock(self) -> Iterator[None]:
+        """For what is no training: its time does not count in that speed. The device must be idle at the start."""
+        begun = time.monotonic()
+        yield
+        self.clock += time.monotonic() - begun
+
     def update(self) -> Tensor:
         """One update of all networks; returns ``losses``, float32 on the device, without waiting for it."""
         raise NotImplementedError
@@ -156,10 +163,11 @@ class Trainer:
 
     def save(self) -> None:
         self.check()
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        position = {"step": self.step, "scored": self.scored, "best": self.best, "elapsed": self.budget.elapsed}
-        position |= {"sums": self.sums, "since": self.since}
-        save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position})
+        with self.off_clock():
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            position = {"step": self.step, "scored": self.scored, "best": self.best, "elapsed": self.budget.elapsed}
+            position |= {"sums": self.sums, "since": self.since}
+            save_state(self.run.state_path, {"parts": parts, "data": self.data_id, **position})
         self.last_save = time.monotonic()
 
     def export(self, name: str, scores: dict) -> None:
@@ -201,24 +209,26 @@ class Trainer:
     def checkpoint(self, bar: tqdm, evaluate: bool) -> None:
         """Picture, scores where asked for, exported weights, curves."""
         self.check()
-        self.prepare()
-        picture = self.picture()
-        if picture is not None:
-            save_png(picture, self.run.folder / "samples" / f"{self.step:07d}.png")
-        scores = self.evaluate() if evaluate else {}
+        with self.off_clock():
+            self.prepare()
+            picture = self.picture()
+            if picture is not None:
+                save_png(picture, self.run.folder / "samples" / f"{self.step:07d}.png")
+            scores = self.evaluate() if evaluate else {}
         self.log(bar, scores)
-        self.export("last", scores)
-        if scores:
-            tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        if evaluate:
-            self.scored = self.step
-        score = scores.get(self.selects)
-        if evaluate and (score is None or self.best is None or score < self.best):
-            self.best = score
-            self.export("best", scores)
-        if evaluate and self.o.keep:
-            self.export(f"step_{self.step:06d}", scores)
-        plot_curves(self.run.metrics_path, self.run.folder / "curves.png", self.panels, self.run.folder.name)
+        with self.off_clock():
+            self.export("last", scores)
+            if scores:
+                tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            if evaluate:
+                self.scored = self.step
+            score = scores.get(self.selects)
+            if evaluate and (score is None or self.best is None or score < self.best):
+                self.best = score
+                self.export("best", scores)
+            if evaluate and self.o.keep:
+                self.export(f"step_{self.step:06d}", scores)
+            plot_curves(self.run.metrics_path, self.run.folder / "curves.png", self.panels, self.run.folder.name)
 
     def train(self) -> None:
         """Run until the budget is used up. After SIGINT or SIGTERM the state is saved and the script exits with 130."""

@@ -2,6 +2,8 @@
 export is the average of their weights, with batch statistics of its own."""
 
 import copy
+import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,3 +206,28 @@ def test_the_best_weights_are_those_of_the_lowest_score(faces, tmp_path, monkeyp
         name: load_weights(tmp_path / "p1_sngan_000" / f"{name}.safetensors")[1]["steps"] for name in ("best", "last")
     }
     assert steps == {"best": 2, "last": 3}
+
+
+def test_the_speed_counts_updates_alone(make, monkeypatch):
+    """On a clock where an update takes a second, and evaluating, exporting, drawing and saving take many."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("common.trainer.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def takes(seconds: float, result: object):
+        def slow(*_: object) -> object:
+            clock.now += seconds
+            return result
+
+        return slow
+
+    monkeypatch.setattr(p1_train.FaceTrainer, "update", takes(1, torch.zeros(4)))
+    monkeypatch.setattr(p1_train.FaceTrainer, "evaluate", takes(100, {"fd": 1.0}))
+    monkeypatch.setattr(Trainer, "export", takes(10, None))
+    for name, seconds in (("plot_curves", 5), ("save_png", 3), ("save_state", 70)):
+        monkeypatch.setattr(f"common.trainer.{name}", takes(seconds, None))
+    monkeypatch.setattr("common.trainer.LOG_STEPS", 2)
+    trainer = make("p1", "--steps", 9, "--eval-every", 4, "--sample-every", 3, "--save-every", 1)
+    trainer.train()
+    lines = trainer.run.metrics_path.read_text().splitlines()
+    rows = [(int(row["step"]), float(row["images_per_s"])) for row in csv.DictReader(lines)]
+    assert rows == [(step, pytest.approx(6)) for step in (2, 3, 4, 6, 8, 9)]
