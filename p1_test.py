@@ -94,6 +94,8 @@ class Judge:
         from metrics.frechet import Inception
 
         self.real, images = real, load_reference(real)
+        if len(images) < 2:
+            raise UserError(f"{real}: holds one image; a Fréchet distance needs at least 2")
         face_counts(images[:0])  # dlib is there
         self.inception = Inception(device, dims)
         self.features = self.inception.reference(images, cache_file(real, f"inception{self.inception.dims}"))
@@ -117,11 +119,11 @@ class Judge:
 def main() -> None:
     o = parse_options(sys.argv[1:])
     device = pick_device(o.device)
-    torch.backends.cudnn.allow_tf32 = False
     generator = None if o.real else load_network(o.weights, {"sngan": Generator, "dcgan": Generator})[0].to(device)
     if o.evaluate and o.count < 2:
         raise UserError(f"--count {o.count}: a Fréchet distance needs at least 2 images")
     check_apart(o.evaluate, o.out, o.sheet)
+    check_apart(o.out, o.sheet)
     judge = Judge(o.evaluate, device, o.dims) if o.evaluate else None
     check_writable(o.out)
     check_file(o.sheet)

@@ -61,7 +61,7 @@ COLLAPSE_LOSS, COLLAPSE_ROWS = 0.02, 10  # mean loss below which the discriminat
 def build_parser() -> Parser:
     parser = Parser(__doc__)
     boolean = argparse.BooleanOptionalAction
-    parser.add_argument("--model", choices=MODELS, default="sngan")
+    parser.add_argument("--model", choices=MODELS, default="sngan", help="which pair of networks")
     parser.add_argument(
         "--recipe", choices=("ours", "report"), default="ours", help="sets the options marked *, see README"
     )

@@ -73,7 +73,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--w", type=float, help="guidance: (1 + w) eps_y - w eps; 0 is none (with --sampler: 2)")
     parser.add_argument("--guide", type=int, nargs=2, metavar="T", help="guide from this t to this t only")
     parser.add_argument(
-        "--rescale", type=float, help="share of guidance's contrast taken back; mean colour is kept, too"
+        "--rescale", type=float, help="share of guidance's contrast taken back; above 0 mean colour is kept, too"
     )
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean colour (0 to 255) of x_T")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
@@ -257,6 +257,8 @@ class Judge:
             self.scored, self.what = "val", "validation digits"
             self.real, self.real_labels = first_of_each(load_digits(root, "val"), load_labels(root, "val"), 200)
         self.floor, _ = first_of_each(self.train, self.labels, 100)
+        if min(len(self.real), len(self.floor)) < 2:
+            raise UserError(f"{root}: a Fréchet distance needs at least 2 {self.what} and 2 others")
         self.inception = Inception(device, dims, also=(64, 192))
         name = f"inception{'_'.join(map(str, self.inception.sizes))}"
         self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_{self.scored}"))
@@ -357,6 +359,7 @@ def main() -> None:
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)
     pictures = (o.grid, o.trajectory, o.neighbours, o.unsure)
     check_apart(o.evaluate, o.out, *pictures)
+    check_apart(o.out, *pictures)
     judge = Judge(o.evaluate, o.classifier, o.held_out, device, o.dims) if o.evaluate else None
     real = judge.starts(digits, o.per_digit) if judge and o.from_real is not None else None
     check_writable(o.out)

@@ -71,7 +71,7 @@ RECIPES = {
         "anneal": False,
     },
 }
-LOW_NOISE = 250  # the highest t of --low-noise; below, textures are made, and p2_test.py does not guide
+LOW_NOISE = 250  # the highest t of --low-noise; below, textures are made
 # Samples during training; their seed is none that generated digits are reported for.
 EVAL = argparse.Namespace(
     sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), rescale=0.0, mean=None, seed=-2

@@ -26,9 +26,9 @@ from common.checkpoint import load_network
 from common.device import pick_device
 from common.ema import reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
-from common.files import atomic, check_file, check_writable, make_folder, real_path
+from common.files import atomic, check_apart, check_file, check_writable, make_folder, real_path
 from common.pictures import plot_images, plot_points
-from common.results import add_record_option, check_record, record
+from common.results import add_record_option, check_record, record, training_key
 from datasets.augment import digit_input
 from datasets.digits import CLASSES, SIZE, load_digits, load_labels, read_labels
 from datasets.images import UNREADABLE, check_range, decode_files, list_images, name_some
@@ -235,6 +235,7 @@ def main() -> None:
     reader = Reader(weights, device)
     if o.tsne and not hasattr(reader.network, "extractor"):
         raise UserError(f"{weights}: --tsne draws the features of the report's own network, and this is another")
+    check_apart(o.images, o.errors, o.tsne)
     check_file(o.out)
     check_file(o.errors)
     if o.tsne:
@@ -251,7 +252,7 @@ def main() -> None:
                 draw_errors(images, p, names, truth, o.errors)
             if o.record:
                 key = {"target": target} | {name: reader.options[name] for name in ("method", "network", "seed")}
-                key |= {"training": reader.card["command"], "checkpoint": weights.stem, "scored": o.evaluate.stem}
+                key |= training_key(reader.card) | {"checkpoint": weights.stem, "scored": o.evaluate.stem}
                 scores = {"accuracy": accuracy, "minutes": reader.card["minutes"]} | reader.card["held_out_scores"]
                 record(o.record, key, scores, weights, device)
     if o.tsne:

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA, reestimate_batch_norm
@@ -92,7 +93,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     boolean = argparse.BooleanOptionalAction
     parser.add_argument("--method", choices=RECIPES, default="dann-st", help="decides the defaults marked *")
-    parser.add_argument("--target", choices=("svhn", "usps"), default="svhn")
+    parser.add_argument("--target", choices=("svhn", "usps"), default="svhn", help="domain to adapt to")
     parser.add_argument("--network", choices=NETWORKS, default="resnet34", help="of the baselines source and target")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="folder with mnistm, svhn, usps")
     parser.add_argument("--steps", type=positive_int, help="* updates")
@@ -348,8 +349,7 @@ class AdaptationTrainer(DigitTrainer):
             labels, sure = self.teach(share(target), 1.0, align=False)
         loss = (F.cross_entropy(logits, labels, reduction="none") * sure).mean()
         self.descend(loss)
-        nothing = torch.zeros_like(loss)
-        return torch.stack([nothing, nothing, loss, nothing, nothing, sure.mean()]).detach()
+        return self.row(loss_self=loss, kept=sure.mean())
 
     def adapt(self, random: torch.Generator) -> Tensor:
         """An update of the network that learns from both domains."""
@@ -377,7 +377,19 @@ class AdaptationTrainer(DigitTrainer):
         self.descend(weight_of_source * loss_class + loss_domain + o.self_training * loss_self)
         correct = ((domain > 0) == (is_source > 0)).float()
         domain_s, domain_t = correct[: len(h_s)].mean(), correct[len(h_s) :].mean()
-        return torch.stack([loss_class, loss_domain, loss_self, domain_s, domain_t, kept]).detach()
+        return self.row(
+            loss_class=loss_class,
+            loss_domain=loss_domain,
+            loss_self=loss_self,
+            domain_source=domain_s,
+            domain_target=domain_t,
+            kept=kept,
+        )
+
+    def row(self, **means: Tensor) -> Tensor:
+        """What an update returns: ``losses``, zero where there is nothing to tell."""
+        nothing = torch.zeros((), device=self.device)
+        return torch.stack([means.get(name, nothing).detach() for name in self.losses])
 
     @torch.no_grad()
     def teach(self, target: Tensor, reference: Tensor | float, align: bool) -> tuple[Tensor, Tensor]:
@@ -413,6 +425,12 @@ class AdaptationTrainer(DigitTrainer):
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
         return "dann", {"dim": self.o.dim}, self.average.state_dict()
+
+    def finish(self, bar: tqdm, stopped: bool) -> None:
+        if not stopped and self.generation.number < self.o.students:  # after a resume with less of a budget
+            self.save()
+            raise UserError(f"{self.run.folder}: the budget ended before its last network began; resume it with more")
+        super().finish(bar, stopped)
 
 
 def source_factor(progress: float) -> float:

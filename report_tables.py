@@ -275,7 +275,7 @@ def recipes_table(script: str, read: str, title: str) -> str:
     """
     found: dict[tuple[str, str], list[dict]] = {}
     for row in rows_of(RESULTS / "recipes.json"):
-        if shlex.split(row["key"]["training"])[1] == script:
+        if shlex.split(row["key"]["training"])[1] == script and "budget" not in row["key"]:  # of another length
             found.setdefault(split_command(row["key"]["training"]), []).append(row)
     if not found:
         return ""

@@ -15,8 +15,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """``auto`` is the first CUDA GPU, if it works, else the CPU. Raises UserError for a device that is not there, or
     does not work.
 
-    Of several processes (common/parallel.py) each has the GPU of its number.
+    Of several processes (common/parallel.py) each has the GPU of its number. Float32 convolutions on it are computed
+    in float32 from here on, not in TensorFloat32, cuDNN's default, which keeps 10 of 23 bits.
     """
+    torch.backends.cudnn.allow_tf32 = False
     auto = name == "auto"
     if auto:
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,6 +20,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
+        if text.startswith("*"):  # Python 3.10 itself writes the default of --option / --no-option there
+            text = text.removesuffix(" (default: %(default)s)")
         told = "default" in text or text.startswith("*")  # *: the default is the recipe's
         if told or any(action.default is none for none in (None, False, argparse.SUPPRESS)):
             return text

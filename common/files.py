@@ -97,11 +97,11 @@ def check_file(path: Path | None) -> None:
         check_writable(path.parent)
 
 
-def check_apart(real: Path | None, *outputs: Path | None) -> None:
-    """Raises UserError when an output is the folder ``real`` or in it: no generated image must get among real ones."""
-    for out in outputs if real else ():
-        if out and real_path(out).is_relative_to(real_path(real)):
-            raise UserError(f"{out}: lies in {real}, the real images to compare with; choose another place")
+def check_apart(folder: Path | None, *outputs: Path | None) -> None:
+    """Raises UserError when an output is ``folder``, a set of images, or in it: no image must get among others."""
+    for out in outputs if folder else ():
+        if out and real_path(out).is_relative_to(real_path(folder)):
+            raise UserError(f"{out}: lies in {folder}, among the images of that folder; choose another place")
 
 
 def check_writable(folder: Path) -> None:

@@ -69,6 +69,11 @@ def check_record(path: Path | None, scored: bool, remedy: str = "add --evaluate"
         read_results(path)
 
 
+def training_key(card: dict) -> dict:
+    """What tells a training from others: its command, and its budget where a resume changed that."""
+    return {"training": card["command"]} | ({"budget": card["budget"]} if "budget" in card else {})
+
+
 def stored(key: dict) -> dict:
     """A key as a result file gives it back: tuples are lists."""
     return json.loads(json.dumps(key))

@@ -20,10 +20,11 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import alone_in, atomic, make_folder, write_json
 from common.options import positive_float, positive_int, seed, several_or_none
+from common.parallel import processes
 
-BUDGET = {"steps", "max_minutes"}  # may be raised on resume, which is noted in options.json
-# all other options define the result
-FREE_ON_RESUME = BUDGET | {"resume", "device", "data", "save_every", "keep", "record", "out"}
+BUDGET = {"steps", "max_minutes"}  # may be changed on resume, which is noted in options.json
+PLACES = {"device", "data", "save_every", "keep", "record"}  # may be changed on resume, too
+FREE_ON_RESUME = BUDGET | PLACES | {"resume"}  # all other options define the result
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,8 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
     """Options of the scripts that train a generator."""
     parser.add_argument("--sample-every", type=positive_int, default=1000, help="steps between sample sheets")
     parser.add_argument("--eval-every", type=positive_int, default=5000, help="steps between evaluations")
-    parser.add_argument("--eval-images", type=several_or_none, default=1000, help="samples per evaluation, 0 for none")
+    what = "samples per evaluation (digits: in tens), 0 for none"
+    parser.add_argument("--eval-images", type=several_or_none, default=1000, help=what)
 
 
 def parse_with_resume(
@@ -138,11 +140,20 @@ class Run:
         return run
 
     def resumed(self, options: argparse.Namespace) -> None:
-        """Note the command that resumes this run, and its budget."""
+        """Note the command that resumes this run, and the options that it changes."""
         record = self.record
-        record["options"] |= {k: getattr(options, k) for k in BUDGET if hasattr(options, k)}
+        now = {k: v for k, v in to_json(options).items() if k in BUDGET | PLACES}
+        budget = {k: now[k] for k in BUDGET & set(now)}
+        if any(record["options"].get(k) != v for k, v in budget.items()):
+            record["budget"] = budget  # no longer what the first command says
+        record["options"] |= now
         this = {"command": command_line(), "commit": git_commit()}
         write_json(self.folder / "options.json", record | {"resumed": [*record.get("resumed", []), this]})
+
+    def resume_command(self) -> str:
+        """What goes on with this run, as started from here: with as many processes."""
+        several = ["torchrun", "--standalone", "--nproc-per-node", str(processes())]
+        return shlex.join([*(several if processes() > 1 else ["python3"]), sys.argv[0], "--resume", str(self.folder)])
 
     @property
     def record(self) -> dict:

@@ -18,7 +18,7 @@ from common.device import hardware
 from common.errors import UserError, is_out_of_memory
 from common.parallel import agree, average_gradients, is_first, join, leave
 from common.pictures import plot_curves, save_png
-from common.results import check_record, record
+from common.results import check_record, record, training_key
 from common.run import Budget, Run, StopFlag, annealed
 
 LOG_STEPS = 50  # steps between rows of metrics.csv
@@ -68,7 +68,8 @@ class Trainer:
     ):
         """``name`` of the run folder, options, device, a key of the training data, all that training changes, and the
         runs whose weights it starts from."""
-        check_record(o.record, getattr(o, "eval_images", 1) > 0, "give --eval-images above 0")
+        remedy = "leave it out, this run has none" if o.resume else "give --eval-images above 0"
+        check_record(o.record, getattr(o, "eval_images", 1) > 0, remedy)
         self.o, self.device, self.data_id, self.parts = o, device, data_id, parts
         self.step, self.scored, self.progress, self.best, elapsed = 0, -1, 0.0, None, 0.0
         join(o.batch_size)
@@ -146,8 +147,9 @@ class Trainer:
             if is_out_of_memory(error):
                 raise
             raise UserError(f"{self.run.state_path}: of another version of the code; start a new run") from None
-        if not (self.run.folder / "best.safetensors").exists():  # deleted: the next evaluation writes another
-            self.best, self.scored = None, -1
+        best, last = ((self.run.folder / f"{name}.safetensors").exists() for name in ("best", "last"))
+        if not (best and last):  # deleted: the next evaluation writes them again
+            self.best, self.scored = self.best if best else None, -1
         if is_first():
             self.run.resumed(self.o)
             self.run.forget_after(self.step)
@@ -186,7 +188,7 @@ class Trainer:
             "torch": str(torch.__version__),
             "held_out_scores": scores,
         }
-        card |= dict(self.facts) | {k: record[k] for k in ("resumed", "before") if k in record}
+        card |= dict(self.facts) | {k: record[k] for k in ("resumed", "budget", "before") if k in record}
         save_weights(self.run.folder / f"{name}.safetensors", state, card)
 
     def best_network(self, kinds: dict[str, Callable[..., nn.Module]]) -> nn.Module:
@@ -293,12 +295,12 @@ class Trainer:
             self.checkpoint(bar, evaluate=True)
             self.save()
         if stopped:
-            tqdm.write(f"stopped at step {self.step}; go on with: python3 {sys.argv[0]} --resume {self.run.folder}")
+            tqdm.write(f"stopped at step {self.step}; go on with: {self.run.resume_command()}")
             sys.exit(130)
         if o.record:
             weights = self.run.folder / "last.safetensors"
             _, card = load_weights(weights)
             if self.selects not in card["held_out_scores"]:
                 raise UserError(f"{o.record}: no row written, for want of {self.selects} (see the notes above)")
-            record(o.record, {"training": card["command"]}, card["held_out_scores"], weights, self.device)
+            record(o.record, training_key(card), card["held_out_scores"], weights, self.device)
         print(f"done: {self.run.folder / 'best.safetensors'}")

@@ -89,8 +89,8 @@ def geometry(
     width: tuple[float, float] = (1.0, 1.0),
     height: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Shift by up to ``shift`` of half the side, rotation by up to ``turn`` radians, then scale 1 +- ``zoom`` along
-    either axis of the image, times factors from ``width`` and ``height``; the border is repeated."""
+    """Shift by up to ``shift`` of half the side, rotation by up to ``turn`` radians, then enlargement along either axis
+    of the image, by a factor from ``width`` or ``height`` over one of 1 +- ``zoom``; the border is repeated."""
     n = len(x)
 
     def draw(low: float, high: float) -> Tensor:

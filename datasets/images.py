@@ -7,8 +7,8 @@ Three forms are read:
   50 columns, filled row by row, and ``SPLIT.csv`` whose column ``image_name`` lists the tiles in order.
   40,000 faces fit in 85 MB this way, so they can be carried to a machine without a network.
 
-Any mode is converted: gray, palette and transparent images become RGB (transparency is dropped). A tile of another
-size is resized (Lanczos).
+Any mode is converted: gray, palette and transparent images become RGB (transparency is dropped). An image
+file of another size is resized (Lanczos).
 """
 
 import csv

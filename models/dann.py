@@ -97,7 +97,7 @@ def small_image_resnet34() -> nn.Module:
     """torchvision's ResNet34 for ten classes and images of about 32x32, (N, 3, H, W) -> logits (N, 10), untrained.
 
     The first layers are those He et al. 2015 (arXiv:1512.03385, section 4.2) use for CIFAR: a 3x3 convolution of
-    stride 1 and no pooling. The usual ones would leave a single pixel before the last stage.
+    stride 1 and no pooling. The usual ones would leave a single pixel in the last stage.
     """
     network = resnet34(weights=None, num_classes=10)
     network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

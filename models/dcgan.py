@@ -4,12 +4,11 @@ Source: Radford et al., "Unsupervised Representation Learning with Deep Convolut
 Adversarial Networks", 2016 (arXiv:1511.06434), with 5x5 kernels as in the paper's figure 1.
 """
 
-import torch
 from torch import Tensor, nn
 
 
 def init_weights(module: nn.Module) -> None:
-    """DCGAN section 3: convolution and linear weights ~ N(0, 0.02), batch-norm scales ~ N(1, 0.02), biases 0.
+    """DCGAN section 4: weights ~ N(0, 0.02). Batch-norm scales ~ N(1, 0.02) and biases 0, as is usual with it.
 
     Use as ``network.apply(init_weights)``, before spectral norm wraps anything.
     """
@@ -86,9 +85,9 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The score before the sigmoid, (N,). BCELoss(forward(x)) equals BCEWithLogitsLoss(logits(x)),
-        which stays finite when the discriminator is certain; training uses this one."""
+        """``forward`` before the sigmoid, (N,), for training: BCELoss(forward(x)) equals BCEWithLogitsLoss(logits(x)),
+        which stays finite when the discriminator is certain."""
         return self.ls[:-1](x).flatten()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.logits(x))
+        return self.ls(x).flatten()

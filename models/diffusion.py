@@ -64,16 +64,18 @@ class Process:
         return (x_t - self.signal(t) * x_0) / self.sigma(t)
 
 
-def noise(network: nn.Module, process: Process, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def predict_eps(network: nn.Module, process: Process, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """eps_theta(x_t, t, y) of a network that predicts the noise, or the velocity v = sqrt(alpha_bar_t) eps -
     sqrt(1 - alpha_bar_t) x_0, in float32. x_t (N, C, H, W); t (N,) in 1 ... T; y (N,) labels, -1 for none.
 
-    Salimans & Ho 2022, "Progressive Distillation" (arXiv:2202.00512), section 4: eps = sqrt(1 - alpha_bar_t) x_t +
-    sqrt(alpha_bar_t) v. At high noise v is nearly -x_0. A network that predicts the noise has to hand x_t through to
-    a thousandth there: at t = 600 its errors are 21 times larger in the image.
+    Salimans & Ho 2022, "Progressive Distillation" (arXiv:2202.00512), section 4 and appendix D. At high noise v is
+    nearly -x_0. A network that predicts the noise has to hand x_t through to a thousandth there: at t = 600 its errors
+    are 21 times larger in the image.
     """
     out = network(x_t, t, y).float()
-    return out if network.predicts == "noise" else process.q_sample(out, t, x_t)  # the sum of eq. 4, of v and x_t
+    if network.predicts == "noise":
+        return out
+    return process.q_sample(x_0=out, t=t, eps=x_t)  # sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
 
 
 def snr_weight(process: Process, gamma: float = 5.0, floor: float = 0.0) -> Tensor:
@@ -81,8 +83,8 @@ def snr_weight(process: Process, gamma: float = 5.0, floor: float = 0.0) -> Tens
     SNR_t = alpha_bar_t / (1 - alpha_bar_t) within [``floor``, ``gamma``]: |x_0 error|^2 = |eps error|^2 / SNR.
 
     ``gamma`` (0 for none): Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
-    (arXiv:2303.09556), eq. 8. ``floor``: Salimans & Ho 2022 (arXiv:2202.00512), eq. 9, the truncated SNR (1 there).
-    It gives weight to the steps where the content of an image is decided.
+    (arXiv:2303.09556), section 3.4. ``floor``: the truncated SNR of Salimans & Ho 2022 (arXiv:2202.00512), section 4,
+    1 there. It gives weight to the steps where the content of an image is decided.
     """
     snr = process.alpha_bar / (1 - process.alpha_bar)  # infinite at t = 0, which is never trained
     return snr.clamp(floor, gamma or math.inf) / snr
@@ -95,7 +97,7 @@ def training_loss(
 
     x_0, eps (N, C, H, W); y (N,) labels, -1 for none; t (N,) in 1 ... T; ``weight`` (T + 1,).
     """
-    predicted = noise(network, process, process.q_sample(x_0, t, eps), t, y)
+    predicted = predict_eps(network, process, process.q_sample(x_0, t, eps), t, y)
     losses = (predicted - eps).square().mean((1, 2, 3))  # (N,)
     return losses.mean() if weight is None else (weight.to(t.device)[t].to(losses.dtype) * losses).mean()
 
@@ -120,8 +122,8 @@ def guided(
 
     def predict(x: Tensor, t: int) -> Tensor:
         if w == 0 or not interval[0] <= t <= interval[1]:
-            return noise(network, process, x, torch.full_like(y, t), y)
-        eps_y, eps = noise(network, process, torch.cat([x, x]), torch.full_like(both, t), both).chunk(2)
+            return predict_eps(network, process, x, torch.full_like(y, t), y)
+        eps_y, eps = predict_eps(network, process, torch.cat([x, x]), torch.full_like(both, t), both).chunk(2)
         eps_w = (1 + w) * eps_y - w * eps
         return rescaled(process, x, t, eps_y, eps_w, rescale) if rescale else eps_w
 
@@ -130,7 +132,8 @@ def guided(
 
 def rescaled(process: Process, x_t: Tensor, t: int, eps_y: Tensor, eps_w: Tensor, share: float) -> Tensor:
     """The guided noise eps_w (N, C, H, W), changed so that each channel of the image it implies gets the mean that it
-    has in the unguided image, of eps_y, and its standard deviation ``share`` (0 to 1) of the way.
+    has in the unguided image, of eps_y and clamped as in sampling, and its standard deviation ``share`` (above 0, at
+    most 1) of the way.
 
     Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), eq. 15 and 16,
     there without the means: guidance raises contrast, and the more the larger w is. That guidance is to leave means
@@ -193,7 +196,7 @@ def ddim(
         sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
         eps = process.to_eps(x, t, x_0)
         x = process.signal(s) * x_0 + math.sqrt(1 - then - sigma**2) * eps
-        if draw and sigma > 0:
+        if sigma > 0:
             x = x + sigma * draw(t)
         if watch:
             watch(s, x)
@@ -213,8 +216,12 @@ def dpm_solver_pp(
 
     The second-order multistep solver of the data prediction; the first step is of first order, and so is the last
     one when it ends in the clean image, where the log signal-to-noise ratio lambda is infinite. x_0 is clamped.
-    ``eta`` = 0 is deterministic; 1 is SDE-DPM-Solver++(2M) of the same paper, and values between have less fresh noise.
-    ``draw`` is needed for eta > 0.
+    ``eta`` = 0 is deterministic; 1 is SDE-DPM-Solver++(2M) of the same paper. Values between, with less fresh noise z,
+    are not in it. ``draw`` is needed for eta > 0. With lambda = ``log_snr``, h = lambda_s - lambda_t and D the x_0
+    extrapolated from the last two predictions, a step is
+
+        x_s = sigma_s / sigma_t e^(-eta h) x_t  +  sqrt(alpha_bar_s) (1 - e^(-(1 + eta) h)) D
+              +  sigma_s sqrt(1 - e^(-2 eta h)) z
     """
     if watch:
         watch(steps[0], x)
@@ -228,10 +235,10 @@ def dpm_solver_pp(
             h = log_snr(process, s) - log_snr(process, t)
             if x_0_before is not None:
                 r = h_before / h
-                data = x_0 + (x_0 - x_0_before) / (2 * r)
+                data = x_0 + (x_0 - x_0_before) / (2 * r)  # D
             kept = process.sigma(s) / process.sigma(t) * math.exp(-eta * h)
             x = kept * x - process.signal(s) * math.expm1(-(1 + eta) * h) * data
-            if draw and eta > 0:
+            if eta > 0:
                 x = x + process.sigma(s) * math.sqrt(-math.expm1(-2 * eta * h)) * draw(t)
             h_before = h
         x_0_before = x_0

@@ -108,8 +108,8 @@ class SelfAttention(nn.Module):
 class UNet_conditional(nn.Module):
     """eps_theta(x_t, t, y): noisy images (N, 3, H, W), steps t (N,) in 1 ... T, labels y (N,) -> predicted noise.
 
-    With ``predicts`` = "velocity" the output is v_theta(x_t, t, y) instead; ``models.diffusion.noise`` turns it into
-    noise. Nothing in the network changes with it.
+    With ``predicts`` = "velocity" the output is v_theta(x_t, t, y) instead; ``models.diffusion.predict_eps`` turns it
+    into noise. Nothing in the network changes with it.
     A label of -1 means unconditional: its embedding is left out of the code. H and W are padded to a multiple of 8
     by reflection and the output is cropped back, so 28x28 digits are predicted at 32x32 and nothing is resized.
     ``dim`` is the width of the first layer; the report has 64. ``size`` is the side of the images it is trained on,

@@ -187,7 +187,9 @@ def test_step_generators_repeat():
 
 
 def test_unknown_and_absent_devices():
+    torch.backends.cudnn.allow_tf32 = True
     assert pick_device("cpu") == CPU
+    assert not torch.backends.cudnn.allow_tf32  # float32 means float32 on a GPU, too
     for name in ("abacus", "meta"):
         with pytest.raises(UserError, match=f"--device {name}: unknown"):
             pick_device(name)
@@ -303,8 +305,8 @@ def test_resume_names_every_changed_option(tmp_path, monkeypatch):
 
     assert resumed().lr == 0.2
     assert resumed("--lr", "0.2", "--data", "elsewhere").data.name == "elsewhere"
-    with pytest.raises(UserError, match=r"--flip \(run True, given False\), --lr \(run 0\.2, given 0\.1\)"):
-        resumed("--lr", "0.1", "--no-flip")
+    with pytest.raises(UserError, match=r"--flip \(run True, given False\), --lr \(run 0\.2, given 0\.1\), --out"):
+        resumed("--lr", "0.1", "--no-flip", "--out", "elsewhere")
     (tmp_path / "options.json").write_text(json.dumps({"command": "python3 p9_train.py", "options": saved}))
     with pytest.raises(UserError, match=r"is a run of p9_train\.py; resume it with python3 p9_train\.py"):
         resumed()
@@ -327,7 +329,7 @@ def test_run_folders_are_numbered_and_rows_after_a_step_are_dropped(tmp_path, mo
     record = runs[1].record
     assert record["command"] == "python3 p1_train.py --lr 1"
     assert record["resumed"][0]["command"] == "python3 p1_train.py --resume x --max-minutes 9"
-    assert record["options"]["max_minutes"] == 9
+    assert record["options"]["max_minutes"] == record["budget"]["max_minutes"] == 9
     for step in (10, 20, 30):
         runs[0].log({"step": step, "loss": step / 7})
     kept = ["step,loss", "10,1.4286", "20,2.8571"]
@@ -399,6 +401,7 @@ def test_help_tells_defaults_but_for_those_of_a_recipe(capsys):
     parser.add_argument("--lr", default=0.5, help="* the rate")
     parser.add_argument("--device", default="auto", help="auto or cpu (default: auto)")
     parser.add_argument("--out", help="a folder")
+    parser.add_argument("--flip", default=True, help="* mirror (default: %(default)s)")  # as Python 3.10 completes it
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
@@ -408,6 +411,7 @@ def test_help_tells_defaults_but_for_those_of_a_recipe(capsys):
         "* the rate",
         "auto or cpu (default: auto)",
         "a folder",
+        "* mirror",
     ]
 
 

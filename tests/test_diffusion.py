@@ -13,7 +13,7 @@ from models.diffusion import (
     dpm_solver_pp,
     guided,
     log_snr,
-    noise,
+    predict_eps,
     snr_weight,
     timesteps,
     training_loss,
@@ -122,10 +122,10 @@ def test_velocity_and_noise_follow_from_each_other():
     def wrong(x, t, y):
         return velocity(x, t, y) + 0.01
 
-    assert torch.allclose(noise(Network(velocity, "velocity"), PROCESS, x_t, t, y), eps, atol=1e-6)
-    error = noise(Network(wrong, "velocity"), PROCESS, x_t, t, y) - eps
+    assert torch.allclose(predict_eps(Network(velocity, "velocity"), PROCESS, x_t, t, y), eps, atol=1e-6)
+    error = predict_eps(Network(wrong, "velocity"), PROCESS, x_t, t, y) - eps
     assert torch.allclose(error * sigma / signal, 0.01 * sigma, atol=1e-5)
-    assert torch.equal(noise(Network(velocity), PROCESS, x_t, t, y), velocity(x_t, t, y))
+    assert torch.equal(predict_eps(Network(velocity), PROCESS, x_t, t, y), velocity(x_t, t, y))
 
 
 def test_loss_weights():
@@ -180,6 +180,13 @@ def test_ddim_with_all_steps_and_noise_is_ancestral_sampling():
     assert torch.allclose(ddim(predict_gaussian, x_T, PROCESS, steps, eta=1, draw=noise.get), ancestral, atol=1e-9)
     some = ddim(predict_gaussian, x_T, PROCESS, steps, eta=0.5, draw=noise.get)
     assert not torch.allclose(some, ancestral, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp])
+def test_noise_is_not_left_out(sampler):
+    """Without ``draw`` the old noise would shrink, and nothing take its place."""
+    with pytest.raises(TypeError):
+        sampler(lambda x, t: x, torch.zeros(1, 3, 4, 4), PROCESS, [600, 300, 0], eta=0.5)
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

@@ -3,6 +3,8 @@
 import csv
 import errno
 import os
+import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from common.ema import reestimate_batch_norm
 from common.pictures import plot_curves
 from common.results import read_results, weights_id
 from models import dcgan, sngan
-from tests.helpers import MeanInception, assert_user_error, run
+from tests.helpers import MeanInception, assert_user_error, run, smooth_images, write_pngs
 
 TINY = ("--dim", 2, "--batch-size", 8, "--eval-images", 6, "--device", "cpu", "--no-bf16")
 CPU = torch.device("cpu")
@@ -219,12 +221,43 @@ def test_a_run_is_saved_when_its_output_is_cut_off_or_its_last_evaluation_killed
         assert (tmp_path / folder / name / "best.safetensors").is_file()
 
 
-def test_deleted_weights_are_written_again(faces, tmp_path, mean_inception):
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_deleted_weights_are_written_again(faces, tmp_path, mean_inception, name):
     assert train(faces, tmp_path, "--steps", 2).code == 0
-    best = tmp_path / "p1_sngan_000" / "best.safetensors"
-    best.unlink()
-    assert run(p1_train.main, "--resume", best.parent).code == 0
-    assert best.is_file()
+    path = tmp_path / "p1_sngan_000" / f"{name}.safetensors"
+    path.unlink()
+    assert run(p1_train.main, "--resume", path.parent).code == 0
+    assert path.is_file()
+
+
+def test_the_line_that_tells_how_to_go_on(faces, tmp_path, mean_inception, monkeypatch, capsys):
+    """It goes on with what was given on resume: data that has moved, another budget, a file for the scores."""
+    update = p1_train.FaceTrainer.update
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(self)
+
+    def told() -> list[str]:
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped at step"))
+        return shlex.split(line.partition("go on with: ")[2])
+
+    data, moved, results = tmp_path / "data", tmp_path / "moved", tmp_path / "r.json"
+    shutil.copytree(faces, data)
+    monkeypatch.setattr(p1_train.FaceTrainer, "update", interrupted)
+    assert train(data, tmp_path / "my runs", "--steps", 9).code == 130
+    folder = tmp_path / "my runs" / "p1_sngan_000"
+    assert told() == ["python3", "p1_train.py", "--resume", str(folder)]
+    data.rename(moved)
+    words = ("--resume", folder, "--data", moved, "--steps", 3, "--record", results)
+    assert run(p1_train.main, *words).code == 130
+    monkeypatch.setattr(p1_train.FaceTrainer, "update", update)
+    assert run(p1_train.main, *told()[2:]).code == 0
+    (row,) = read_results(results)
+    assert row["key"]["training"].endswith("--steps 9")
+    assert row["key"]["budget"] == {"steps": 3, "max_minutes": None}  # apart from runs of the first budget
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert trainer.Run(folder).resume_command().startswith("torchrun --standalone --nproc-per-node 2 ")
 
 
 def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_inception):
@@ -239,6 +272,9 @@ def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_incep
     before = (folder / "options.json").read_text()
     assert_user_error(run(p1_train.main, "--resume", folder, "--data", other, "--steps", 9), other, "--data")
     assert (folder / "options.json").read_text() == before
+    assert train(faces, tmp_path, "--steps", 1, "--eval-images", 0).code == 0
+    unscored = run(p1_train.main, "--resume", tmp_path / "p1_sngan_001", "--record", tmp_path / "r.json")
+    assert_user_error(unscored, "--record", "leave it out")
     state = load_state(folder / "state.pt")
     del state["parts"]["opt_d"]
     save_state(folder / "state.pt", state)
@@ -311,6 +347,32 @@ def test_recipes():
     assert report.augment == "color,translation,cutout"
     # 38,464 images in batches of 64: 601 updates an epoch
     assert p1_train.parse_options(["--model", "dcgan", "--recipe", "report"]).steps == 100 * 601
+
+
+@pytest.mark.parametrize("recipe", ["ours", "report"])
+@pytest.mark.parametrize("model", ["sngan", "dcgan"])
+def test_options_reach_the_update(monkeypatch, model, recipe):
+    """Of the real images and of the generated ones, of the discriminator and of the generator."""
+    flips, policies, kinds = [], [], []
+
+    def watched(name: str, seen: list) -> None:
+        function = getattr(p1_train, name)
+        monkeypatch.setattr(p1_train, name, lambda *words: seen.append(words) or function(*words))
+
+    for name, seen in (("random_flip", flips), ("diff_augment", policies)):
+        watched(name, seen)
+    for name in ("discriminator_loss", "generator_loss"):
+        watched(name, kinds)
+    o = p1_train.parse_options(["--model", model, "--recipe", recipe, "--dim", "2", "--batch-size", "4"])
+    o.bf16 = False
+    nets = p1_train.Networks(o, CPU)
+    p1_train.train_step(nets, torch.zeros(8, 3, 64, 64, dtype=torch.uint8), 0, 0.5, o)
+    assert len(flips) == o.flip
+    assert [policy for _, policy, _ in policies] == [o.augment] * 2
+    assert [words[-1] for words in kinds] == [o.loss] * 2
+    for optimiser, lr in ((nets.opt_g, o.lr_g), (nets.opt_d, o.lr_d)):
+        assert optimiser.param_groups[0]["lr"] == lr / 2
+        assert optimiser.defaults["betas"] == (0.5, 0.999)
 
 
 def test_wrong_training_input(faces, tmp_path, mean_inception):
@@ -409,11 +471,15 @@ def test_the_size_of_the_features_can_be_given(weights, faces, tmp_path, monkeyp
     assert_user_error(run(p1_test.main, *options, "--dims", 768), "--dims", "--evaluate")
 
 
-def test_no_face_is_written_among_real_ones(weights, faces, tmp_path):
+def test_no_image_is_written_among_others(weights, faces, tmp_path):
     for out in (faces, faces / "val"):
         outcome = run(p1_test.main, "--weights", weights, "--out", out, "--count", 2, "--evaluate", faces)
         assert_user_error(outcome, out, "choose another place")
     assert not list(faces.rglob("0001.png"))
+    out = tmp_path / "out"
+    outcome = run(p1_test.main, "--weights", weights, "--out", out, "--count", 2, "--sheet", out / "0001.png")
+    assert_user_error(outcome, out / "0001.png", "choose another place")
+    assert not out.exists()
 
 
 def test_wrong_weights(weights, tmp_path):
@@ -466,6 +532,8 @@ def test_scoring_fails_before_anything_is_written(weights, faces, tmp_path, no_i
 
     assert_user_error(evaluate(tmp_path / "none"), tmp_path / "none")
     assert_user_error(evaluate(faces / "val"), "Inception", "TORCH_HOME")
+    write_pngs(tmp_path / "one", smooth_images(1, 64))
+    assert_user_error(evaluate(tmp_path / "one"), tmp_path / "one", "at least 2")
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in sorted((faces / "val").glob("*.png")):

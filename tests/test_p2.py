@@ -14,7 +14,7 @@ import p1_train
 import p2_test
 import p2_train
 from common.checkpoint import load_state, load_weights, save_weights
-from common.pictures import plot_curves
+from common.pictures import plot_curves, to_uint8
 from common.results import read_results
 from datasets.augment import normalise, resize
 from datasets.digits import HELD_OUT, load_digits, load_labels
@@ -25,7 +25,7 @@ from metrics.neighbours import nearest
 from models.classifier import Classifier
 from models.diffusion import Process, timesteps
 from models.unet import UNet_conditional
-from tests.helpers import assert_user_error, run
+from tests.helpers import MeanInception, assert_user_error, run
 
 TINY = ("--dim", 4, "--batch-size", 4, "--eval-images", 10, "--device", "cpu", "--no-bf16")
 
@@ -361,7 +361,7 @@ def test_starts_from_the_noise_of_a_colour(sampler):
 
 def test_ancestral_sampling_repeats_itself(weights, tmp_path, monkeypatch):
     """Its noise comes from the same generators, step by step."""
-    monkeypatch.setattr("p2_test.Process", lambda: __import__("models.diffusion").diffusion.Process(T=4))
+    monkeypatch.setattr("p2_test.Process", lambda: Process(T=4))
     for name, count in (("a", 4), ("b", 1)):
         options = ("--weights", weights, "--out", tmp_path / name, "--device", "cpu", "--sampler", "ddpm")
         assert run(p2_test.main, *options, "--digits", 2, "--per-digit", count).code == 0
@@ -454,15 +454,26 @@ def test_from_real_digits(weights, digits, tmp_path, mean_inception, monkeypatch
 
 
 def test_figures(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("p2_test.FIGURE_T", (0, 2, 4))
-    monkeypatch.setattr("p2_test.Process", lambda: __import__("models.diffusion").diffusion.Process(T=4))
+    """The trajectory begins with the noise and ends with the image that ancestral sampling makes of it."""
+    monkeypatch.setattr("p2_test.FIGURE_T", (0, 1, 4))
+    monkeypatch.setattr("p2_test.Process", lambda: Process(T=4))
+    drawn, draw = [], p2_test.plot_images
+    monkeypatch.setattr(p2_test, "plot_images", lambda *words, columns: drawn.append(words) or draw(*words, columns))
     grid, strip = tmp_path / "f" / "grid.png", tmp_path / "g" / "strip.png"
-    options = ("--digits", "14", "--per-digit", 3, "--grid", grid, "--trajectory", strip)
-    assert generate(weights, tmp_path / "out", *options).code == 0
+    options = ("--digits", "41", "--per-digit", 3, "--grid", grid, "--trajectory", strip, "--seed", 5)
+    assert generate(weights, tmp_path / "out", *options, "--sampler", "ddpm", "--steps", 4).code == 0
+    ((panels, titles, _),) = drawn
+    assert titles == ["t = 0", "t = 1", "t = 4"]
+    noise = torch.randn(1, 3, 28, 28, generator=p2_test.image_generator(5, 4, 1))
+    assert torch.equal(panels[0], to_uint8(noise)[0])
+    (last,) = decode_files([tmp_path / "out" / "4_001.png"], 28)
+    assert (panels[2].int() - last.int()).abs().max() <= 1  # another size of the batch
+    one_step, all_steps = ((panel.float() - panels[0].float()).abs().mean() for panel in panels[1:])
+    assert one_step < all_steps
     with Image.open(grid) as image:
         assert image.size == (3 * 30 + 2, 2 * 30 + 2)
         fifth = np.asarray(image)[32:60, 32:60]
-    with Image.open(tmp_path / "out" / "4_002.png") as image:
+    with Image.open(tmp_path / "out" / "1_002.png") as image:
         assert np.array_equal(fifth, np.asarray(image))
     with Image.open(strip) as image:
         assert image.size[0] > 300
@@ -512,10 +523,53 @@ def test_scores_come_from_the_files(weights, digits, tmp_path, mean_inception, m
     assert unsure.is_file()
 
 
-def test_no_digit_is_written_among_real_ones(weights, digits, mean_inception):
+def test_the_sheet_of_neighbours(tmp_path, monkeypatch):
+    """The ten images that are nearest to a training digit, nearest first, each before its nearest training digits."""
+    judge, saved = object.__new__(p2_test.Judge), []
+    random = torch.Generator().manual_seed(0)
+    judge.what, judge.train = "real digits", torch.randint(0, 200, (30, 3, 28, 28), dtype=torch.uint8, generator=random)
+    judge.real = judge.train[:2]
+    gaps = torch.randperm(12, generator=random) + 1
+    images = judge.train[:12] + gaps.to(torch.uint8).view(12, 1, 1, 1)
+    monkeypatch.setattr(p2_test, "save_png", lambda *_: None)
+    monkeypatch.setattr(p2_test, "sheet", lambda pictures, columns: saved.append(pictures.unflatten(0, (-1, columns))))
+    scores = judge.nearest(images, tmp_path / "sheet.png")
+    assert (scores["nearest_least"], scores["nearest_real_least"]) == (pytest.approx(1), 0)
+    ((rows),) = saved
+    order = gaps.argsort()[:10]
+    assert rows.shape[:2] == (10, 8)
+    assert torch.equal(rows[:, 0], images[order])
+    assert torch.equal(rows[:, 1], judge.train[order])
+
+
+def test_the_size_of_the_features_can_be_given(weights, digits, tmp_path, monkeypatch):
+    asked = []
+
+    class Watched(MeanInception):
+        def __init__(self, device, dims=None, also=()):
+            asked.append((dims, also))
+
+    monkeypatch.setattr("metrics.frechet.Inception", Watched)
+    for more in ((), ("--dims", 768)):
+        assert generate(weights, tmp_path, "--per-digit", 1, "--evaluate", digits, *more).code == 0
+    assert asked == [(None, (64, 192)), (768, (64, 192))]
+
+
+def test_no_image_is_written_among_others(weights, digits, tmp_path, mean_inception):
     outcome = generate(weights, digits / "data", "--per-digit", 1, "--evaluate", digits)
     assert_user_error(outcome, digits / "data", "choose another place")
     assert not list(digits.rglob("0_001.png"))
+    out = tmp_path / "out"
+    assert_user_error(generate(weights, out, "--grid", out / "grid.png"), out / "grid.png", "choose another place")
+    assert not out.exists()
+
+
+def test_one_real_digit_is_not_enough(weights, digits, tmp_path, mean_inception):
+    root = tmp_path / "one"
+    shutil.copytree(digits, root)
+    (root / "val.csv").write_text("".join((root / "val.csv").read_text().splitlines(keepends=True)[:2]))
+    assert_user_error(generate(weights, tmp_path / "out", "--evaluate", root), root, "at least 2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_path, mean_inception, capsys):

@@ -231,6 +231,40 @@ def test_the_teacher_is_sure_and_its_classes_are_equal(domains, tmp_path, monkey
     assert [x.tolist() for x in t.teach(images, 0.58, align=True)] == [[2, 1], [1, 0]]
 
 
+def test_options_of_the_teacher_and_of_batch_statistics(domains, tmp_path, monkeypatch):
+    """--align reaches the teacher; with --no-separate both domains go through the extractor in one batch."""
+    for separate, align in ((True, False), (False, True)):
+        words = [f"--{'' if on else 'no-'}{name}" for name, on in (("separate", separate), ("align", align))]
+        t = students(domains, tmp_path, "--students", 0, "--threshold", 0, *words)
+        aligned, teach = [], t.teach
+        monkeypatch.setattr(t, "teach", lambda *a, teach=teach, seen=aligned: seen.append(a[2]) or teach(*a))
+        sizes: list[int] = []
+        t.network.extractor.register_forward_hook(lambda _, x, __, seen=sizes: seen.append(len(x[0])))
+        t.progress = 0.5
+        t.update()
+        assert aligned == [align]
+        assert sizes == ([4, 4] if separate else [8])
+
+
+def test_a_budget_that_ends_before_a_student_begins(domains, tmp_path, monkeypatch):
+    update = p3_train.AdaptationTrainer.update
+
+    def killed(self):
+        if self.step == 3:
+            raise RuntimeError("killed")
+        return update(self)
+
+    words = ("--method", "dann-st", "--students", 1, "--steps", 8)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(p3_train.AdaptationTrainer, "update", killed)
+        train(domains, tmp_path, *words, "--save-every", 1e-9)
+    folder = tmp_path / "p3_dann-st_svhn_000"
+    assert_user_error(run(p3_train.main, "--resume", folder, "--steps", 3), folder, "resume it with more")
+    assert not (folder / "best.safetensors").exists()
+    assert run(p3_train.main, "--resume", folder, "--steps", 8).code == 0
+    assert (folder / "best.safetensors").exists()
+
+
 def test_self_training_starts_after_a_while(domains, tmp_path):
     t = students(domains, tmp_path, "--students", 0, "--threshold", 0)
     for t.progress, starts in ((0.14, False), (0.16, True)):

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from common.checkpoint import load_network, save_weights
 from common.ema import reestimate_batch_norm
 from common.results import read_results
 from datasets.augment import digit_input
+from datasets.digits import load_digits, load_labels
 from models.dann import NETWORKS, Dann
 from tests.helpers import assert_user_error, run, smooth_images, write_index, write_pngs
 
@@ -119,20 +121,22 @@ def test_every_format_of_images_is_labelled(tmp_path):
     assert rows(out)[1:] == [[name, "5"] for name in names]
 
 
-@pytest.mark.parametrize("gray", [False, True])
-def test_a_label_depends_on_its_image_only(tmp_path, weights, gray):
+@pytest.mark.parametrize(
+    ("size", "standardise", "gray"), [(32, True, False), (32, True, True), (40, True, False), (32, False, False)]
+)
+def test_a_label_depends_on_its_image_only(tmp_path, weights, size, standardise, gray):
     """As the network was trained to see it, whatever else is in the folder, and in whatever batches."""
     images = smooth_images(30, 28)
     chw = torch.from_numpy(images).permute(0, 3, 1, 2)
-    seen = digit_input(chw, 32, standardised=True, gray=gray)
+    seen = digit_input(chw, size, standardise, gray)
     torch.manual_seed(1)
     network = Dann(dim=2)
     reestimate_batch_norm(network, [seen])
     network.predictor.layer[4].bias.data.zero_()
     network.predictor.layer[4].weight.data *= 100
-    path = weights / "w.safetensors"
-    save_weights(path, network.state_dict(), CARD | {"options": CARD["options"] | {"gray": gray}})
-    network, other = load_network(path, NETWORKS)[0], digit_input(chw, 32, standardised=True, gray=not gray)
+    path, view = weights / "w.safetensors", {"size": size, "standardise": standardise, "gray": gray}
+    save_weights(path, network.state_dict(), CARD | {"options": CARD["options"] | view})
+    network, other = load_network(path, NETWORKS)[0], digit_input(chw, size, standardise, not gray)
     expected = network(seen).argmax(1).tolist()
     assert len(set(expected)) > 1
     assert expected != network(other).argmax(1).tolist()
@@ -203,6 +207,52 @@ def test_plots(tmp_path, capsys):
             assert image.size[0] > 500
 
 
+def test_what_the_plots_show(tmp_path, monkeypatch):
+    """The target's features, with the weights as they are; then the source's, with batch statistics of its own."""
+    for name in ("mnistm", "svhn"):
+        paths = write_pngs(tmp_path / name / "data", smooth_images(30, 28, seed=len(name)))
+        write_index(tmp_path / name / "val.csv", [(p.name, (i + len(name)) % 10) for i, p in enumerate(paths)])
+    done, drawn = [], {}
+    reestimate, features = p3_test.reestimate_batch_norm, p3_test.Reader.features
+
+    def watched_reestimate(network, batches):
+        batches = list(batches)
+        done.append(("statistics", sum(map(len, batches)), float(batches[0].sum())))
+        reestimate(network, batches)
+
+    def watched_features(self, images):
+        found = features(self, images)
+        done.append(("features", images, found))
+        return found
+
+    class Flat:
+        def __init__(self, **_):
+            pass
+
+        def fit_transform(self, x):
+            return x[:, :2]
+
+    monkeypatch.setattr(p3_test, "reestimate_batch_norm", watched_reestimate)
+    monkeypatch.setattr(p3_test.Reader, "features", watched_features)
+    monkeypatch.setattr("sklearn.manifold.TSNE", Flat)
+    monkeypatch.setattr(p3_test, "plot_points", lambda *words: drawn.update({words[-1].stem: words[:3]}))
+    options = ("--tsne", tmp_path / "figures", "--target", "svhn", "--data", tmp_path, "--device", "cpu")
+    assert run(p3_test.main, *options).code == 0
+    (_, target, of_target), (what, count, total), (_, source, of_source) = done
+    source_images, target_images = (load_digits(tmp_path / name, "val") for name in ("mnistm", "svhn"))
+    assert torch.equal(target, target_images) and torch.equal(source, source_images)
+    seen = digit_input(source_images, 32, standardised=True, gray=False)
+    assert (what, count, total) == ("statistics", 30, pytest.approx(float(seen.sum()), abs=1e-3))
+    labels = [load_labels(tmp_path / name, "val") for name in ("mnistm", "svhn")]
+    for name, groups, names in (
+        ("class", torch.cat(labels).tolist(), [str(c) for c in range(10)]),
+        ("domain", [0] * 30 + [1] * 30, ["MNIST-M", "SVHN"]),
+    ):
+        points, *grouped = drawn[f"tsne_svhn_{name}"]
+        assert np.array_equal(points, torch.cat([of_source, of_target])[:, :2].numpy())
+        assert grouped == [groups, names]
+
+
 def test_plots_are_of_the_reports_own_network(tmp_path, monkeypatch):
     path = tmp_path / "resnet.safetensors"
     monkeypatch.setitem(NETWORKS, "resnet34", lambda: torch.nn.Linear(2, 2))
@@ -240,6 +290,10 @@ def test_wrong_input(tmp_path, weights):
     same = classify(tmp_path / "svhn", out, "--evaluate", truth, "--errors", truth)
     assert_user_error(same, truth, "another file")
     assert truth.read_text().splitlines()[1] == "00000.png,1"
+    for option in ("--errors", "--tsne"):
+        place = tmp_path / "svhn" / "new"
+        among = classify(tmp_path / "svhn", out, "--evaluate", truth, option, place)
+        assert_user_error(among, place, "choose another place")
     write_index(tmp_path / "twice.csv", [("00000.png", 1), ("00000.png", 2)])
     twice = classify(tmp_path / "svhn", out, "--evaluate", tmp_path / "twice.csv")
     assert_user_error(twice, "twice.csv, line 3", "00000.png is 1 further up and 2 here")

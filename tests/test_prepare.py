@@ -136,6 +136,31 @@ def test_mnistm_is_the_difference_of_digit_and_photograph():
     assert prepare.blend(digit, patch).tolist() == expected
 
 
+def test_digits_of_mnistm_are_those_of_mnist(published):
+    """Image and label stay together through the shuffle; before black photographs digits are as they were."""
+    source = sources.Source(published / "mnist")
+    images, labels = sources.load_mnist(source)
+    plan = prepare.plan_mnistm(source, [np.zeros((40, 60, 3), np.uint8)] * 3)
+    order = np.random.RandomState(prepare.SEED).permutation(50)
+    assert plan.labels == labels[order].tolist()
+    for i in (0, 7, 49):
+        assert np.array_equal(plan.draw(i), np.repeat(images[order[i]][..., None], 3, axis=2))
+
+
+def test_patches_of_mnistm_come_from_everywhere(published, monkeypatch):
+    """Seen through black digits: photographs whose pixels tell their row, their column and their photograph."""
+    monkeypatch.setattr(prepare, "load_mnist", lambda _: (np.zeros((500, 28, 28), np.uint8), np.arange(500) % 10))
+    rows, columns = np.mgrid[:40, :60]
+    photographs = [np.stack([rows, columns, np.full_like(rows, number)], 2).astype(np.uint8) for number in range(3)]
+    plan = prepare.plan_mnistm(sources.Source(published / "mnist"), photographs)
+    patches = np.stack([plan.draw(i) for i in range(500)])
+    top, left, number = patches[:, 0, 0].T
+    assert (patches[:, -1, -1] == np.stack([top + 27, left + 27, number], 1)).all()
+    assert set(top) == set(range(13))
+    assert set(left) == set(range(33))
+    assert np.bincount(number).min() > 100
+
+
 def test_pixels_are_those_of_the_sources(published, tmp_path):
     """Labels stay with their images through the shuffle."""
     assert build(published, tmp_path, "--only", "usps", "svhn", "face").code == 0

@@ -1,6 +1,8 @@
 """What the repository ships: weight files that say where they come from, and a README that agrees with the results."""
 
+import importlib
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -107,6 +109,41 @@ def test_the_example_of_the_readme(monkeypatch):
     assert [names[name].shape for name in ("faces", "digits", "labels")] == [(4, 3, 64, 64), (2, 3, 28, 28), (5,)]
     assert 0.2 < float(names["faces"].std()) < 0.9
     assert -1 <= float(names["digits"].min()) < 0 < float(names["digits"].max()) <= 1
+
+
+def commands() -> list[list[str]]:
+    """What README, model card, report and the docstrings of scripts tell to type, as words."""
+    places = {"    ": [ROOT / name for name in ("README.md", "checkpoints/README.md", "report/README.md")]}
+    places["  "] = [*ROOT.glob("*.py"), ROOT / "datasets" / "prepare.py"]
+    found = []
+    for indent, paths in places.items():
+        for path in paths:
+            text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+            lines = re.findall(
+                rf"^{indent}((?:python3 [^-]|python3 -m|torchrun|bash hw2).*)$", text, flags=re.MULTILINE
+            )
+            found += [shlex.split(line.partition(" #")[0]) for line in lines]
+    return found
+
+
+def test_commands_of_the_texts_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where --record makes its folder
+    values = {"S": "ddim", "N": "9", "P": "2", "E": "0.5", "W": "2", "LOW": "100", "HIGH": "400", "R": "0.5", "T": "5"}
+    wrappers = {"hw2_1.sh": ("p1_test.py", "--out"), "hw2_2.sh": ("p2_test.py", "--out")}
+    wrappers["hw2_3.sh"] = ("p3_test.py", "--images", "--out")
+    seen = set()
+    for words in commands():
+        start = {"torchrun": 4, "bash": 1}.get(words[0], 1 + (words[1] == "-m"))
+        script, *rest = words[start:]
+        if script in wrappers:
+            script, *names = wrappers[script]
+            rest = [word for pair in zip(names, rest, strict=False) for word in pair] + rest[len(names) :]
+        module = importlib.import_module(script.removesuffix(".py"))
+        # not parse_options of trainings, which looks for the run of --resume
+        parse = module.build_parser().parse_args if hasattr(module, "build_parser") else module.parse_options
+        parse([values.get(word, word) for word in rest])
+        seen.add(script)
+    assert len(seen) == 9
 
 
 @pytest.mark.parametrize("target", tables.TARGETS)

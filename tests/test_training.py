@@ -90,6 +90,9 @@ def test_annealing_reaches_the_optimisers(make, name):
     optimisers = [part for part in t.parts.values() if isinstance(part, torch.optim.Optimizer)]
     full = [t.o.lr_g, t.o.lr_d] if name == "p1" else [t.o.lr]
     assert [o.param_groups[0]["lr"] for o in optimisers] == pytest.approx([rate / 2 for rate in full])
+    t.o.anneal = False
+    t.update()
+    assert [o.param_groups[0]["lr"] for o in optimisers] == full
 
 
 def test_descent_forgets_the_gradient_before():
