@@ -244,7 +244,7 @@ def ablation_table() -> str:
     """What single options do to the adapted recipes: accuracy on target training images, and for each change the
     differences to the recipe's run of the same seed."""
     accuracy: dict[tuple[str, str], dict[tuple[str, int], float]] = {}  # (recipe, change): by target and seed
-    for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best"):
+    for row in rows_of(RESULTS / "ablation.json", scored="train", checkpoint="best", budget=None):
         recipe, change = split_command(row["key"]["training"])
         found = accuracy.setdefault((f"{METHODS[row['key']['method'], 'dann']} {recipe}".strip(), change), {})
         found[row["key"]["target"], row["key"]["seed"]] = row["scores"]["accuracy"]
@@ -274,8 +274,8 @@ def recipes_table(script: str, read: str, title: str) -> str:
     ``read``, ``title``: the score beside the Fréchet distance, and its heading.
     """
     found: dict[tuple[str, str], list[dict]] = {}
-    for row in rows_of(RESULTS / "recipes.json"):
-        if shlex.split(row["key"]["training"])[1] == script and "budget" not in row["key"]:  # of another length
+    for row in rows_of(RESULTS / "recipes.json", budget=None):  # runs of the length that their command says
+        if shlex.split(row["key"]["training"])[1] == script:
             found.setdefault(split_command(row["key"]["training"]), []).append(row)
     if not found:
         return ""

@@ -143,7 +143,7 @@ class Run:
         """Note the command that resumes this run, and the options that it changes."""
         record = self.record
         now = {k: v for k, v in to_json(options).items() if k in BUDGET | PLACES}
-        budget = {k: now[k] for k in BUDGET & set(now)}
+        budget = {k: v for k, v in now.items() if k in BUDGET}
         if any(record["options"].get(k) != v for k, v in budget.items()):
             record["budget"] = budget  # no longer what the first command says
         record["options"] |= now

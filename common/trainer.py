@@ -218,19 +218,19 @@ class Trainer:
                 save_png(picture, self.run.folder / "samples" / f"{self.step:07d}.png")
             scores = self.evaluate() if evaluate else {}
         self.log(bar, scores)
-        with self.off_clock():
-            self.export("last", scores)
-            if scores:
-                tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-            if evaluate:
-                self.scored = self.step
-            score = scores.get(self.selects)
-            if evaluate and (score is None or self.best is None or score < self.best):
-                self.best = score
-                self.export("best", scores)
-            if evaluate and self.o.keep:
-                self.export(f"step_{self.step:06d}", scores)
-            plot_curves(self.run.metrics_path, self.run.folder / "curves.png", self.panels, self.run.folder.name)
+        self.export("last", scores)
+        if scores:
+            tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        if evaluate:
+            self.scored = self.step
+        score = scores.get(self.selects)
+        if evaluate and (score is None or self.best is None or score < self.best):
+            self.best = score
+            self.export("best", scores)
+        if evaluate and self.o.keep:
+            self.export(f"step_{self.step:06d}", scores)
+        plot_curves(self.run.metrics_path, self.run.folder / "curves.png", self.panels, self.run.folder.name)
+        self.start_clock()
 
     def train(self) -> None:
         """Run until the budget is used up. After SIGINT or SIGTERM the state is saved and the script exits with 130."""
