@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
-from common.options import positive_float, positive_int, several, share_of_one
+from common.options import positive_float, positive_int, several, share_of_one, weight
 from common.parallel import is_first, processes, rank, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
@@ -55,6 +55,7 @@ RECIPES = {
     ("dcgan", "report"): REPORT | {"loss": "logistic", "augment": "", "steps": 60_100},
 }
 EVAL_SEED = -2  # noise of sheets and scores during training, apart from every seed used for reported numbers
+R1_EVERY = 16  # updates between two with the gradient penalty, which counts so many times more in them
 COLLAPSE_LOSS, COLLAPSE_ROWS = 0.02, 10  # mean loss below which the discriminator has won, for so many log rows
 
 
@@ -75,6 +76,7 @@ def build_parser() -> Parser:
     parser.add_argument("--flip", action=boolean, help="* mirror real images at random")
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, help="* learning rates fall to 0 over the second half")
+    parser.add_argument("--r1", type=weight, default=0.0, help="weight of the discriminator's gradient penalty, R1")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of both networks; the report has 64")
     add_sample_options(parser)
     add_common_options(parser)
@@ -131,6 +133,14 @@ def generator_loss(fake: Tensor, kind: str) -> Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
+def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
+    """Mean squared norm of the gradient of the logits at real images (N, 3, 64, 64), float32. Times gamma / 2 this is
+    R1 of Mescheder et al. 2018 (arXiv:1801.04406), eq. 9."""
+    real = real.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator.logits(real).sum(), real, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
+
+
 def both_logits(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 logits (N,) of the real and of the generated images, (N, 3, 64, 64) each. They go through a network
     with batch norm one after the other, so that each kind is normalised apart, and through one without together:
@@ -160,7 +170,9 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
         fake = diff_augment(nets.generator(z), o.augment, random)
         logits_real, logits_fake = both_logits(nets.discriminator, real, fake.detach())
     loss_d = discriminator_loss(logits_real, logits_fake, o.loss)
-    descend(loss_d, nets.opt_d, o.lr_d * factor)
+    lazy = o.r1 > 0 and step % R1_EVERY == 0  # as in StyleGAN2 (Karras et al. 2020), appendix B
+    penalty = o.r1 / 2 * R1_EVERY * gradient_penalty(nets.discriminator, real) if lazy else 0
+    descend(loss_d + penalty, nets.opt_d, o.lr_d * factor)
 
     nets.discriminator.requires_grad_(False)
     with autocast(device, o.bf16):

@@ -48,6 +48,45 @@ def test_losses_are_those_of_the_papers():
     assert p1_train.generator_loss(fake, "logistic").item() == pytest.approx(bce(fake, one).item())
 
 
+class Linear(nn.Module):
+    """Logits w . x of an image x: the gradient is w, everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.full((3, 64, 64), 0.02))
+
+    def logits(self, x):
+        return (x * self.w).sum((1, 2, 3))
+
+
+def test_gradient_penalty_is_that_of_a_linear_discriminator():
+    linear = Linear()
+    penalty = p1_train.gradient_penalty(linear, torch.randn(5, 3, 64, 64))
+    assert penalty.item() == pytest.approx(0.02**2 * 3 * 64 * 64, rel=1e-5)
+    penalty.backward()
+    assert torch.allclose(linear.w.grad, 2 * linear.w)
+
+
+@pytest.mark.parametrize("model", ["sngan", "dcgan"])
+def test_gradient_penalty_makes_the_discriminator_flatter_every_16th_step(model):
+    """The same step with it and without it: another discriminator in step 0, whose logits change less with the image,
+    and the same one in step 1. What is reported of the loss is without it."""
+
+    def one_step(step: int, r1: float):
+        o = p1_train.parse_options(["--model", model, "--dim", "2", "--batch-size", "8", "--r1", str(r1)])
+        o.bf16 = False
+        nets = p1_train.Networks(o, CPU)
+        images = torch.randint(0, 256, (32, 3, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        losses = p1_train.train_step(nets, images, step, 1.0, o)
+        steepness = p1_train.gradient_penalty(nets.discriminator, p1_train.normalise(images)).item()
+        return losses[0].item(), steepness
+
+    (plain_loss, plain), (loss, flatter) = one_step(0, 0), one_step(0, 1000)
+    assert loss == plain_loss
+    assert flatter < plain
+    assert one_step(1, 1000) == one_step(1, 0)
+
+
 @pytest.mark.parametrize("model", ["sngan", "dcgan"])
 def test_one_step_moves_everything_the_right_way(model):
     """The fakes are not detached in the generator step: the generator moves, and to where the logits are higher."""
