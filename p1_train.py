@@ -1,7 +1,7 @@
 """Train a face generator (problem 1): SNGAN or DCGAN on 64x64 faces.
 
   python3 p1_train.py --model sngan --data hw2_data/face                     # our recipe; a GPU: minutes
-  python3 p1_train.py --model sngan --data hw2_data/face --max-minutes 90    # stop, annealed, after 90 minutes
+  python3 p1_train.py --model dcgan --data hw2_data/face --max-minutes 90    # stop, annealed, after 90 minutes
   python3 p1_train.py --model dcgan --data hw2_data/face --recipe report     # the report's own recipe
   python3 p1_train.py --resume runs/p1_sngan_000                             # go on after Ctrl-C or a kill
   torchrun --standalone --nproc-per-node 4 p1_train.py --model sngan         # four GPUs, a quarter of a batch on each
@@ -49,7 +49,7 @@ MODELS = {"sngan": sngan, "dcgan": dcgan}
 OURS = {"lr_g": 2e-4, "lr_d": 4e-4, "ema": 0.999, "flip": True, "augment": "", "anneal": True, "steps": 100_000}
 REPORT = {"lr_g": 2e-4, "lr_d": 2e-4, "ema": 0.0, "flip": False, "anneal": False}
 RECIPES = {
-    ("sngan", "ours"): OURS | {"loss": "hinge"},
+    ("sngan", "ours"): OURS | {"loss": "hinge", "anneal": False},
     ("dcgan", "ours"): OURS | {"loss": "logistic", "lr_d": 2e-4},
     ("sngan", "report"): REPORT | {"loss": "logistic", "augment": "color,translation,cutout", "steps": 1_202_000},
     ("dcgan", "report"): REPORT | {"loss": "logistic", "augment": "", "steps": 60_100},

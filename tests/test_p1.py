@@ -164,7 +164,7 @@ def _few_batches_of_noise(monkeypatch):
 def test_training_writes_a_complete_run(faces, tmp_path, mean_inception, monkeypatch):
     monkeypatch.setattr(trainer, "plot_curves", plot_curves)
     results = tmp_path / "results" / "recipes.json"
-    options = ("--steps", 6, "--sample-every", 2, "--eval-every", 4, "--record", results)
+    options = ("--steps", 6, "--anneal", "--sample-every", 2, "--eval-every", 4, "--record", results)
     assert train(faces, tmp_path, *options).code == 0
     run_folder = tmp_path / "p1_sngan_000"
     assert sorted(p.name for p in (run_folder / "samples").iterdir()) == ["0000002.png", "0000004.png", "0000006.png"]
@@ -380,7 +380,7 @@ def test_processes_augment_generated_images_differently(monkeypatch):
 
 def test_recipes():
     ours = p1_train.parse_options([])
-    assert (ours.loss, ours.ema, ours.flip, ours.anneal) == ("hinge", 0.999, True, True)
+    assert (ours.loss, ours.ema, ours.flip, ours.anneal) == ("hinge", 0.999, True, False)
     report = p1_train.parse_options(["--recipe", "report", "--steps", "10"])
     assert (report.loss, report.ema, report.lr_d, report.steps) == ("logistic", 0, 2e-4, 10)
     assert report.augment == "color,translation,cutout"

@@ -85,7 +85,7 @@ def test_the_average_of_the_weights_is_exported(make, name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_annealing_reaches_the_optimisers(make, name):
     t = make(name)
-    t.progress = 0.75
+    t.progress, t.o.anneal = 0.75, True
     t.update()
     optimisers = [part for part in t.parts.values() if isinstance(part, torch.optim.Optimizer)]
     full = [t.o.lr_g, t.o.lr_d] if name == "p1" else [t.o.lr]
