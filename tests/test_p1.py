@@ -381,6 +381,7 @@ def test_processes_augment_generated_images_differently(monkeypatch):
 def test_recipes():
     ours = p1_train.parse_options([])
     assert (ours.loss, ours.ema, ours.flip, ours.anneal) == ("hinge", 0.999, True, False)
+    assert p1_train.parse_options(["--model", "dcgan"]).anneal
     report = p1_train.parse_options(["--recipe", "report", "--steps", "10"])
     assert (report.loss, report.ema, report.lr_d, report.steps) == ("logistic", 0, 2e-4, 10)
     assert report.augment == "color,translation,cutout"
