@@ -24,7 +24,7 @@ from common.checkpoint import load_network
 from common.device import noise, pick_device
 from common.errors import Parser, UserError, run_main
 from common.files import check_apart, check_file, check_writable
-from common.options import add_dims_option, positive_int, seed
+from common.options import add_device_option, add_dims_option, positive_int, seed
 from common.pictures import save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record, weights_name
 from common.run import given_options
@@ -45,7 +45,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--real", action="store_true", help="with --evaluate: score real training faces instead")
     add_dims_option(parser)
     add_record_option(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_option(parser)
     o = parser.parse_args(argv)
     check_record(o.record, bool(o.evaluate))
     for name in ("real", "dims"):

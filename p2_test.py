@@ -27,7 +27,7 @@ from common.checkpoint import load_network
 from common.device import autocast, device_and_format, step_generator
 from common.errors import Parser, UserError, run_main
 from common.files import check_apart, check_file, check_writable
-from common.options import add_dims_option, from_zero, positive_int, seed
+from common.options import add_device_option, add_dims_option, from_zero, positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record, weights_name
 from datasets.augment import normalise, resize
@@ -88,7 +88,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--unsure", type=Path, metavar="FILE", help=f"with --evaluate: the {UNSURE} least surely read")
     add_dims_option(parser)
     add_record_option(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_option(parser)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
     o = parser.parse_args(argv)
     T = Process().T

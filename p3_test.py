@@ -27,6 +27,7 @@ from common.device import pick_device
 from common.ema import reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
 from common.files import atomic, check_apart, check_file, check_writable, make_folder, real_path
+from common.options import add_device_option
 from common.pictures import plot_images, plot_points
 from common.results import add_record_option, check_record, record, training_key
 from datasets.augment import digit_input
@@ -53,7 +54,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add_record_option(parser)
     parser.add_argument("--tsne", type=Path, metavar="FOLDER", help="draw features by class and by domain")
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits"), help="for --tsne: mnistm, svhn, usps")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_option(parser)
     o = parser.parse_args(argv)
     if not o.images and not o.tsne:
         parser.error("give --images and --out, or --tsne")

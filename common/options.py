@@ -32,6 +32,11 @@ share_of_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 seed = number(int, "a whole number from -2^63 to below 2^63", lambda x: -(2**63) <= x < 2**63)
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """The device, for ``common.device.pick_device``."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
 def add_dims_option(parser: argparse.ArgumentParser) -> None:
     what = "with --evaluate: size of the Inception features (default: 2048 where the weights have them)"
     parser.add_argument("--dims", type=int, choices=(768, 2048), help=what)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import alone_in, atomic, make_folder, write_json
-from common.options import positive_float, positive_int, seed, several_or_none
+from common.options import add_device_option, positive_float, positive_int, seed, several_or_none
 from common.parallel import processes
 
 BUDGET = {"steps", "max_minutes"}  # may be changed on resume, which is noted in options.json
@@ -30,9 +30,9 @@ FREE_ON_RESUME = BUDGET | PLACES | {"resume"}  # all other options define the re
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options every training script has."""
     boolean = argparse.BooleanOptionalAction
-    parser.add_argument("--max-minutes", type=positive_float, help="stop, fully annealed, after so many minutes")
+    parser.add_argument("--max-minutes", type=positive_float, help="stop after so many minutes; annealing ends there")
     parser.add_argument("--seed", type=seed, default=0, help="seed of weights, data order and noise")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_option(parser)
     parser.add_argument("--bf16", action=boolean, help="bfloat16 autocast (default: where the processor profits)")
     parser.add_argument("--save-every", type=positive_float, default=3.0, help="minutes between training states")
     parser.add_argument("--keep", action="store_true", help="keep the weights of every evaluation (step_*.safetensors)")
