@@ -73,6 +73,8 @@ def build_parser() -> Parser:
     parser.add_argument("--lr-d", type=positive_float, help="* the same of the discriminator")
     parser.add_argument("--loss", choices=("hinge", "logistic"), help="* logistic is BCE, non-saturating")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the generator's weight average; 0 for none")
+    what = "how steps before that decay is reached count in the average: step s as s^EMA_POWER"
+    parser.add_argument("--ema-power", type=weight, default=8.0, help=what)
     parser.add_argument("--flip", action=boolean, help="* mirror real images at random")
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, help="* learning rates fall to 0 over the second half")
@@ -104,7 +106,7 @@ class Networks:
         layout = memory_format(o)
         self.generator = MODELS[o.model].Generator(dim=o.dim).to(device, memory_format=layout)
         self.discriminator = MODELS[o.model].Discriminator(dim=o.dim).to(device, memory_format=layout)
-        self.ema = EMA(self.generator, o.ema)
+        self.ema = EMA(self.generator, o.ema, o.ema_power)
         self.opt_g, self.opt_d = (
             torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
             for network, lr in ((self.generator, o.lr_g), (self.discriminator, o.lr_d))

@@ -26,19 +26,21 @@ def reestimate_batch_norm(network: nn.Module, inputs: Iterable[Tensor]) -> None:
 class EMA:
     """Keeps ``module``, a copy of ``source`` whose weights follow it with the given decay.
 
-    The decay of step s is min(decay, (1 + s) / (10 + s)), so early averages forget the initial weights.
+    The decay of step s is min(decay, (1 + s) / (2 + power + s)). By the second alone the weights of step s count as
+    s^power: early averages forget the initial weights, and all reach back over the same share of training (Karras et
+    al. 2024, arXiv:2312.02696, section 3.1).
     Buffers (batch-norm statistics) do not follow: averaged weights have statistics of their own, which
     ``reestimate_batch_norm`` measures, or get those of the source by ``copy_buffers``. With decay 0 the weights are the
     source's.
     """
 
-    def __init__(self, source: nn.Module, decay: float):
-        self.decay = decay
+    def __init__(self, source: nn.Module, decay: float, power: float = 8.0):
+        self.decay, self.power = decay, power
         self.module = copy.deepcopy(source).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, source: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (2 + self.power + step))
         ours, theirs = list(self.module.parameters()), [p.detach() for p in source.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
 

@@ -246,6 +246,19 @@ def test_average_ramps_up_and_can_be_off():
     assert off.module.weight.item() == 1
 
 
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_an_average_without_a_bound_weighs_steps_by_a_power_of_their_number(power):
+    network, values = nn.Linear(1, 1, bias=False), torch.randn(50)
+    nn.init.constant_(network.weight, values[0])
+    ema = EMA(network, 1.0, power)
+    for step, value in enumerate(values[1:]):
+        nn.init.constant_(network.weight, value)
+        ema.update(network, step)
+    number = torch.arange(1, 51)  # 1 for the first weights, s + 2 for those of step s
+    counts = (torch.ones(50), number, number * (number + 1))[power]
+    assert ema.module.weight.item() == pytest.approx(float((counts * values).sum() / counts.sum()), abs=1e-5)
+
+
 def test_annealing_holds_then_falls_to_zero():
     assert [annealed(p) for p in (0, 0.25, 0.5, 0.75, 1, 1.5)] == [1, 1, 1, 0.5, 0, 0]
 

@@ -82,6 +82,11 @@ def test_the_average_of_the_weights_is_exported(make, name):
     assert apart > 5e-5
 
 
+def test_the_power_of_the_average_reaches_it(make):
+    t = make("p1", "--ema", 0.9, "--ema-power", 2)
+    assert (t.nets.ema.decay, t.nets.ema.power) == (0.9, 2)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_annealing_reaches_the_optimisers(make, name):
     t = make(name)
