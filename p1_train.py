@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.device import autocast, device_and_format, noise, step_generator
-from common.ema import EMA, reestimate_batch_norm
+from common.ema import EMA, POWER, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
 from common.options import positive_float, positive_int, several, share_of_one, weight
 from common.parallel import is_first, processes, rank, share
@@ -74,7 +74,7 @@ def build_parser() -> Parser:
     parser.add_argument("--loss", choices=("hinge", "logistic"), help="* logistic is BCE, non-saturating")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the generator's weight average; 0 for none")
     what = "how steps before that decay is reached count in the average: step s as s^EMA_POWER"
-    parser.add_argument("--ema-power", type=weight, default=8.0, help=what)
+    parser.add_argument("--ema-power", type=weight, default=POWER, help=what)
     parser.add_argument("--flip", action=boolean, help="* mirror real images at random")
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, help="* learning rates fall to 0 over the second half")

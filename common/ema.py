@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+POWER = 8.0  # how steps count in an average while its decay rises, see EMA
+
 
 @torch.no_grad()
 def reestimate_batch_norm(network: nn.Module, inputs: Iterable[Tensor]) -> None:
@@ -26,15 +28,15 @@ def reestimate_batch_norm(network: nn.Module, inputs: Iterable[Tensor]) -> None:
 class EMA:
     """Keeps ``module``, a copy of ``source`` whose weights follow it with the given decay.
 
-    The decay of step s is min(decay, (1 + s) / (2 + power + s)). By the second alone the weights of step s count as
-    s^power: early averages forget the initial weights, and all reach back over the same share of training (Karras et
-    al. 2024, arXiv:2312.02696, section 3.1).
+    The decay of step s is min(decay, (1 + s) / (2 + power + s)). While it is the latter, the weights of step s count
+    about as s^power: averages forget the initial weights, and all reach back over the same share of training (Karras et
+    al. 2024, arXiv:2312.02696, section 3).
     Buffers (batch-norm statistics) do not follow: averaged weights have statistics of their own, which
     ``reestimate_batch_norm`` measures, or get those of the source by ``copy_buffers``. With decay 0 the weights are the
     source's.
     """
 
-    def __init__(self, source: nn.Module, decay: float, power: float = 8.0):
+    def __init__(self, source: nn.Module, decay: float, power: float = POWER):
         self.decay, self.power = decay, power
         self.module = copy.deepcopy(source).eval().requires_grad_(False)
 
