@@ -52,14 +52,21 @@ def gpu_fault(device: torch.device) -> str:
     return ""
 
 
+def cpu_info() -> str:
+    """What Linux tells of the processor, or '' where it tells nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 faster than float32 (Ampere and later; AVX-512 BF16 or AMX)."""
+    """Whether this device multiplies bfloat16 faster than float32: GPUs since Ampere, processors with AMX, and AMD's
+    with AVX-512 BF16. On an Intel Xeon with the latter alone the GANs and the UNet took 1.1 to 1.5 times as long."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
+    info = cpu_info()
+    return "amx_bf16" in info or ("avx512_bf16" in info and "AuthenticAMD" in info)
 
 
 def device_and_format(device: str, bf16: bool | None) -> tuple[torch.device, bool]:
@@ -73,11 +80,8 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return f"{processes()} x {name}" if processes() > 1 else name
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    named = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
+    name = next(named, "CPU")
     return f"{name}, {torch.get_num_threads()} threads"
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from common import checkpoint, options
 from common.checkpoint import load_network, load_state, load_weights, save_state, save_weights
-from common.device import noise, pick_device, step_generator
+from common.device import device_and_format, hardware, noise, pick_device, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, describe_os_error
 from common.files import atomic, check_file, check_writable
@@ -222,6 +222,26 @@ def test_each_of_several_processes_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     for name in ("cuda", "cuda:0"):
         assert pick_device(name) == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "pays"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx512f", False),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True),
+    ],
+)
+def test_processors_on_which_bfloat16_pays(monkeypatch, vendor, flags, pays):
+    info = f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: Abacus 9\nflags\t\t: fpu {flags}\n"
+    monkeypatch.setattr("common.device.cpu_info", lambda: info)
+    assert device_and_format("cpu", None) == (CPU, pays)
+    assert [device_and_format("cpu", said)[1] for said in (True, False)] == [True, False]
+    assert hardware(CPU).startswith("Abacus 9, ")
+    monkeypatch.setattr("common.device.cpu_info", lambda: "")
+    assert not device_and_format("cpu", None)[1]
+    assert hardware(CPU).startswith("CPU, ")
 
 
 def test_average_follows_the_closed_form():
