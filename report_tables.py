@@ -15,6 +15,7 @@ from models.diffusion import Process, timesteps
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS, RESULTS = HERE / "checkpoints", HERE / "results"
+CHOSEN_WITH = "be0eb9633c1e"  # SHA-256 of the weights with which p2_test.py's default sampler was chosen
 FACES, DIGITS = 1000, 100  # images that are scored: faces, and of each digit
 GANS = {"dcgan": "DCGAN", "sngan": "SNGAN"}
 TARGETS = {"svhn": "SVHN", "usps": "USPS"}
@@ -81,7 +82,8 @@ def training(card: dict) -> str:
     """Steps, batch size, minutes and hardware, from a weight file's card; sums over the runs that led to it."""
     runs = history(card)
     steps, minutes = (sum(run[name] for run in runs) for name in ("steps", "minutes"))
-    return f"{steps:,} steps of {card['options']['batch_size']}, {minutes:.0f} min on {card['hardware']}"
+    hardware = " and ".join(dict.fromkeys(run["hardware"] for run in runs))
+    return f"{steps:,} steps of {card['options']['batch_size']}, {minutes:.0f} min on {hardware}"
 
 
 def column(rows: list[dict], name: str) -> list[float]:
@@ -153,26 +155,32 @@ def digits_table() -> str:
 
 
 def samplers_table() -> str:
-    """Accuracy, distances to held-out training digits and time for samplers, steps and guidance."""
-    rows = rows_of(RESULTS / "samplers.json", weight_file("p2_unet"), scored="held-out", from_real=None)
+    """Accuracy, distances to held-out training digits and time for samplers, steps and guidance, with the shipped
+    weights and with those for which the default was chosen."""
+    weights = weight_file("p2_unet")
+    shipped = weights_id(weights) if weights.exists() else ""
+    rows = rows_of(RESULTS / "samplers.json", scored="held-out", from_real=None)
+    rows = [row for row in rows if row["weights"] in (shipped, CHOSEN_WITH)]
     if not rows:
         return "Not measured yet: results/samplers.json has no rows for these weights."
     lines = []
-    for row in sorted(rows, key=lambda r: [r["key"][k] for k in ("per_digit", "sampler", "steps", "w", "power")]):
+    order = ("per_digit", "sampler", "steps", "w", "power")
+    for row in sorted(rows, key=lambda r: [r["weights"] != shipped, *(r["key"][k] for k in order)]):
         key, scores = row["key"], row["scores"]
         low, high = key["guide"]
         guided = "" if key["w"] == 0 else "all" if (low, high) == (1, 600) else f"{low} to {high}"
         count = len(key["digits"]) * key["per_digit"]
         name = f"{key['sampler']}, eta {key['eta']:g}" if key["eta"] else key["sampler"]
         start = " ".join(f"{c:.0f}" for c in key["mean"]) if key["mean"] else "0"
-        cells = [name, key["steps"], key["power"], f"{key['w']:g}", guided, f"{key['rescale']:g}", start, count]
+        cells = [row["weights"][:8], name, key["steps"], key["power"], f"{key['w']:g}", guided]
+        cells += [f"{key['rescale']:g}", start, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         colour = " / ".join(f"{max(abs(scores[f'{name}_{c}']) for c in 'rgb'):.1f}" for name in ("mean", "std"))
         taken = timesteps(Process(), key["steps"], key["power"])[:-1]
         calls = str(sum(1 + bool(key["w"] and low <= t <= high) for t in taken))
         cost = f"{1000 * scores['seconds'] / count:.0f}" if "seconds" in scores else ""
         lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, colour, calls, cost, row["hardware"]])
-    settings = ["sampler", "steps", "power", "w", "guided t", "rescale", "start", "images"]
+    settings = ["weights", "sampler", "steps", "power", "w", "guided t", "rescale", "start", "images"]
     header = [*settings, "accuracy, %", *distances(rows[0]), "colour off, %", "calls", "ms an image", "on"]
     return table(header, lines)
 

@@ -62,6 +62,7 @@ def study(tmp_path, monkeypatch):
     slow = DIGITS | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
     slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
     others = (slow | {"w": 1}, scores, "other"), (slow | {"w": 3, "from_real": 9}, scores, unet)
+    others += ((slow | {"w": -1}, scores, tables.CHOSEN_WITH),)
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), *others)
 
     starts = [DIGITS | {"per_digit": 20, "seed": 0, "scored": "held-out"} | x for x in ({}, {"from_real": 0})]
@@ -123,9 +124,11 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert faces[2] == "| training data (the floor) | 1 | 0.076 | 94.1 % |  |"
     assert "| SNGAN | 5 | 0.520 ± 0.016 | 97.0 ± 1.6 % | FID 25.66, faces 92.2 % |" in faces
     samplers = tables.samplers_table().splitlines()
-    assert len(samplers) == 4  # the rows of other weights and of real starts are left out
     settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
-    assert samplers[3] == f"| {settings} | {scores} | 75 | 1000 | an abacus |"
+    shipped = weights_id(study / "checkpoints" / "p2_unet.safetensors")[:8]
+    assert samplers[3] == f"| {shipped} | {settings} | {scores} | 75 | 1000 | an abacus |"
+    assert samplers[4].startswith(f"| {tables.CHOSEN_WITH[:8]} | dpm++ | 50 | 1.0 | -1 |")
+    assert len(samplers) == 5  # the rows of other weights and of real starts are left out
     assert tables.starts_table().splitlines()[2:] == [
         "| real digits at t = 0 | 200 | 98.7 | 0.100 | 0.400 |",
         "| noise (mean colour) | 200 | 98.7 | 0.100 | 0.400 |",
@@ -225,6 +228,13 @@ def test_missing_pictures_and_edited_parts_are_made_again(study, calls):
     assert build(study).code == 0
     assert picture.is_file()
     assert path.read_text() == before
+
+
+def test_a_training_is_the_sum_of_its_runs():
+    last = {"steps": 5, "minutes": 2.5, "hardware": "an abacus", "command": "c", "commit": "d"}
+    before = [last | {"steps": 1000, "hardware": "a slide rule"}, last]
+    card = last | {"before": before, "options": {"batch_size": 16}}
+    assert tables.training(card) == "1,010 steps of 16, 8 min on a slide rule and an abacus"
 
 
 def test_missing_numbers_are_measured_where_there_is_data(study, calls):
