@@ -196,7 +196,7 @@ def test_an_update_is_that_of_the_paper(domains, tmp_path, monkeypatch):
             for loss in (loss_class, loss_domain)
         )
         for a, b, p in zip(of_class, of_domain, ours.parameters(), strict=True):
-            assert torch.allclose(p.grad, a + factor * b, atol=1e-6)
+            assert torch.allclose(p.grad, a + factor * b, atol=1e-5)  # float32; gradients are up to 2.5
     trained = {p for group in t.optimiser.param_groups for p in group["params"]}
     assert trained == {*t.network.parameters(), *t.domain.parameters()}
 
