@@ -15,7 +15,6 @@ from models.diffusion import Process, timesteps
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS, RESULTS = HERE / "checkpoints", HERE / "results"
-CHOSEN_WITH = "be0eb9633c1e"  # SHA-256 of the weights with which p2_test.py's default sampler was chosen
 FACES, DIGITS = 1000, 100  # images that are scored: faces, and of each digit
 GANS = {"dcgan": "DCGAN", "sngan": "SNGAN"}
 TARGETS = {"svhn": "SVHN", "usps": "USPS"}
@@ -42,6 +41,11 @@ PUBLISHED = {  # the published report's numbers
 def weight_file(name: str) -> Path:
     """A shipped weight file."""
     return CHECKPOINTS / f"{name}.safetensors"
+
+
+def shipped_id(name: str) -> str | None:
+    """What rows say of a shipped weight file, the start of its SHA-256; None where there is no such file."""
+    return weights_id(weight_file(name)) if weight_file(name).exists() else None
 
 
 def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:
@@ -157,10 +161,9 @@ def digits_table() -> str:
 def samplers_table() -> str:
     """Accuracy, distances to held-out training digits and time for samplers, steps and guidance, with the shipped
     weights and with those for which the default was chosen."""
-    weights = weight_file("p2_unet")
-    shipped = weights_id(weights) if weights.exists() else ""
+    shipped = shipped_id("p2_unet")
     rows = rows_of(RESULTS / "samplers.json", scored="held-out", from_real=None)
-    rows = [row for row in rows if row["weights"] in (shipped, CHOSEN_WITH)]
+    rows = [row for row in rows if row["weights"] in (shipped, p2_test.CHOSEN_WITH)]
     if not rows:
         return "Not measured yet: results/samplers.json has no rows for these weights."
     lines = []
@@ -232,8 +235,7 @@ def seeds_table() -> str:
             every.setdefault(row["key"]["training"], []).append(row["scores"]["accuracy"])
     lines = []
     for target, name in TARGETS.items():
-        weights = weight_file(f"p3_{target}")
-        shipped = weights_id(weights) if weights.exists() else None
+        shipped = shipped_id(f"p3_{target}")
         for method in ("dann", "dann-st"):
             rows = adaptation_rows(checkpoint="best", target=target, method=method, network="dann")
             for row in sorted(rows, key=lambda r: r["key"]["seed"]):
