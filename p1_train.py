@@ -1,7 +1,7 @@
 """Train a face generator (problem 1): SNGAN or DCGAN on 64x64 faces.
 
   python3 p1_train.py --model sngan --data hw2_data/face                     # our recipe; a GPU: minutes
-  python3 p1_train.py --model dcgan --data hw2_data/face --max-minutes 90    # stop, annealed, after 90 minutes
+  python3 p1_train.py --model dcgan --data hw2_data/face --max-minutes 90    # stop after 90 minutes
   python3 p1_train.py --model dcgan --data hw2_data/face --recipe report     # the report's own recipe
   python3 p1_train.py --resume runs/p1_sngan_000                             # go on after Ctrl-C or a kill
   torchrun --standalone --nproc-per-node 4 p1_train.py --model sngan         # four GPUs, a quarter of a batch on each
@@ -46,11 +46,12 @@ from models import dcgan, sngan
 from p1_test import generate
 
 MODELS = {"sngan": sngan, "dcgan": dcgan}
-OURS = {"lr_g": 2e-4, "lr_d": 4e-4, "ema": 0.999, "flip": True, "augment": "", "anneal": True, "steps": 100_000}
-REPORT = {"lr_g": 2e-4, "lr_d": 2e-4, "ema": 0.0, "flip": False, "anneal": False}
+COMMON = {"lr_g": 2e-4, "ema_power": POWER, "r1": 0.0, "anneal": False}
+OURS = COMMON | {"lr_d": 4e-4, "ema": 0.999, "flip": True, "augment": "", "steps": 100_000}
+REPORT = COMMON | {"lr_d": 2e-4, "ema": 0.0, "flip": False}
 RECIPES = {
-    ("sngan", "ours"): OURS | {"loss": "hinge", "anneal": False},
-    ("dcgan", "ours"): OURS | {"loss": "logistic", "lr_d": 2e-4},
+    ("sngan", "ours"): OURS | {"loss": "hinge"},
+    ("dcgan", "ours"): OURS | {"loss": "logistic", "lr_d": 2e-4, "r1": 0.005, "ema": 0.9999, "ema_power": 3.0},
     ("sngan", "report"): REPORT | {"loss": "logistic", "augment": "color,translation,cutout", "steps": 1_202_000},
     ("dcgan", "report"): REPORT | {"loss": "logistic", "augment": "", "steps": 60_100},
 }
@@ -73,12 +74,12 @@ def build_parser() -> Parser:
     parser.add_argument("--lr-d", type=positive_float, help="* the same of the discriminator")
     parser.add_argument("--loss", choices=("hinge", "logistic"), help="* logistic is BCE, non-saturating")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the generator's weight average; 0 for none")
-    what = "how steps before that decay is reached count in the average: step s as s^EMA_POWER"
-    parser.add_argument("--ema-power", type=weight, default=POWER, help=what)
+    what = "* how steps before that decay is reached count in the average: step s as s^EMA_POWER"
+    parser.add_argument("--ema-power", type=weight, help=what)
     parser.add_argument("--flip", action=boolean, help="* mirror real images at random")
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, help="* learning rates fall to 0 over the second half")
-    parser.add_argument("--r1", type=weight, default=0.0, help="weight of the discriminator's gradient penalty, R1")
+    parser.add_argument("--r1", type=weight, help="* weight of the discriminator's gradient penalty, R1")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of both networks; the report has 64")
     add_sample_options(parser)
     add_common_options(parser)
