@@ -100,8 +100,8 @@ def distances(row: dict) -> list[str]:
 
 
 def faces_table() -> str:
-    """Distance and face rate over sampling seeds: of both generators, of the same networks trained for as many steps by
-    the report's recipe (p1_sngan_report.safetensors, not shipped), and of real faces."""
+    """Distance and face rate over sampling seeds: of both generators, of the same networks trained by the report's
+    recipe (p1_sngan_report.safetensors, not shipped), and of real faces."""
     path, lines = RESULTS / "faces.json", []
     measured = {"training data (the floor)": rows_of(path, weights="real", images=FACES)}
     for name, title in GANS.items():

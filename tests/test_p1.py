@@ -381,8 +381,9 @@ def test_processes_augment_generated_images_differently(monkeypatch):
 def test_recipes():
     ours = p1_train.parse_options([])
     assert (ours.loss, ours.ema, ours.flip, ours.anneal) == ("hinge", 0.999, True, False)
-    ours = p1_train.parse_options(["--model", "dcgan", "--r1", "0.5"])
-    assert (ours.loss, ours.ema, ours.ema_power, ours.r1, ours.anneal) == ("logistic", 0.9999, 3, 0.5, False)
+    ours = p1_train.parse_options(["--model", "dcgan"])
+    assert (ours.loss, ours.ema, ours.ema_power, ours.r1, ours.anneal) == ("logistic", 0.9999, 3, 0.005, False)
+    assert p1_train.parse_options(["--model", "dcgan", "--r1", "0"]).r1 == 0
     report = p1_train.parse_options(["--recipe", "report", "--steps", "10"])
     assert (report.loss, report.ema, report.r1, report.lr_d, report.steps) == ("logistic", 0, 0, 2e-4, 10)
     assert report.augment == "color,translation,cutout"
