@@ -37,7 +37,7 @@ SLICE = 50  # images per forward pass; a constant, because float sums may differ
 def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p1_dcgan.safetensors")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"default: checkpoints/{WEIGHTS.name}")
     parser.add_argument("--count", type=positive_int, default=1000, help="images to write")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write the first 32 images as a sheet, too")

@@ -46,9 +46,8 @@ from models import dcgan, sngan
 from p1_test import generate
 
 MODELS = {"sngan": sngan, "dcgan": dcgan}
-COMMON = {"lr_g": 2e-4, "ema_power": POWER, "r1": 0.0, "anneal": False}
-OURS = COMMON | {"lr_d": 4e-4, "ema": 0.999, "flip": True, "augment": "", "steps": 100_000}
-REPORT = COMMON | {"lr_d": 2e-4, "ema": 0.0, "flip": False}
+OURS = {"lr_d": 4e-4, "ema": 0.999, "ema_power": POWER, "r1": 0.0, "flip": True, "augment": "", "steps": 100_000}
+REPORT = {"lr_d": 2e-4, "ema": 0.0, "ema_power": POWER, "r1": 0.0, "flip": False}
 RECIPES = {
     ("sngan", "ours"): OURS | {"loss": "hinge"},
     ("dcgan", "ours"): OURS | {"loss": "logistic", "lr_d": 2e-4, "r1": 0.005, "ema": 0.9999, "ema_power": 3.0},
@@ -70,7 +69,8 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/face"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates of each network")
     parser.add_argument("--batch-size", type=several, default=64, help="images per update")
-    parser.add_argument("--lr-g", type=positive_float, help="* Adam learning rate of the generator, betas (0.5, 0.999)")
+    what = "Adam learning rate of the generator, betas (0.5, 0.999)"
+    parser.add_argument("--lr-g", type=positive_float, default=2e-4, help=what)
     parser.add_argument("--lr-d", type=positive_float, help="* the same of the discriminator")
     parser.add_argument("--loss", choices=("hinge", "logistic"), help="* logistic is BCE, non-saturating")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the generator's weight average; 0 for none")
@@ -78,7 +78,7 @@ def build_parser() -> Parser:
     parser.add_argument("--ema-power", type=weight, help=what)
     parser.add_argument("--flip", action=boolean, help="* mirror real images at random")
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
-    parser.add_argument("--anneal", action=boolean, help="* learning rates fall to 0 over the second half")
+    parser.add_argument("--anneal", action=boolean, default=False, help="learning rates fall to 0 over the second half")
     parser.add_argument("--r1", type=weight, help="* weight of the discriminator's gradient penalty, R1")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of both networks; the report has 64")
     add_sample_options(parser)

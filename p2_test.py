@@ -58,7 +58,7 @@ FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's fi
 def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: checkpoints/p2_unet.safetensors")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=f"default: checkpoints/{WEIGHTS.name}")
     parser.add_argument("--digits", default="0123456789", help="which digits")
     parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each")
     default = (
