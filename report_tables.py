@@ -176,7 +176,7 @@ def samplers_table() -> str:
         name = f"{key['sampler']}, eta {key['eta']:g}" if key["eta"] else key["sampler"]
         start = " ".join(f"{c:.0f}" for c in key["mean"]) if key["mean"] else "0"
         cells = [row["weights"][:8], name, key["steps"], key["power"], f"{key['w']:g}", guided]
-        cells += [f"{key['rescale']:g}", start, count]
+        cells += [f"{key['rescale']:g}{'*' if key.get('keeps') == 'mean' else ''}", start, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         colour = " / ".join(f"{max(abs(scores[f'{name}_{c}']) for c in 'rgb'):.1f}" for name in ("mean", "std"))
         taken = timesteps(Process(), key["steps"], key["power"])[:-1]

@@ -131,19 +131,24 @@ def guided(
 
 
 def rescaled(process: Process, x_t: Tensor, t: int, eps_y: Tensor, eps_w: Tensor, share: float) -> Tensor:
-    """The guided noise eps_w (N, C, H, W), changed so that each channel of the image it implies gets the mean that it
-    has in the unguided image, of eps_y and clamped as in sampling, and its standard deviation ``share`` (above 0, at
-    most 1) of the way.
+    """The guided noise eps_w (N, C, H, W), changed so that each channel of the image it implies gets the median that
+    it has in the unguided image, of eps_y and clamped as in sampling, and its standard deviation ``share`` (above 0,
+    at most 1) of the way.
 
     Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), eq. 15 and 16,
-    there without the means: guidance raises contrast, and the more the larger w is. That guidance is to leave means
-    alone holds where the mean colour tells nothing of the class, as in MNIST-M.
+    there without the medians: guidance raises contrast, and the more the larger w is. That guidance is to leave medians
+    alone holds where most of an image is background, and that tells nothing of the class, as in MNIST-M. With means
+    in their place strokes that become brighter darken the background: the darkest channel drifts, at every step.
     """
     x_y = process.to_x_0(x_t, t, eps_y)
     x_w = process.to_x_0(x_t, t, eps_w, clamp=False)
     factor = 1 - share + share * x_y.std((2, 3), keepdim=True) / x_w.std((2, 3), keepdim=True)
-    x_w = x_y.mean((2, 3), keepdim=True) + factor * (x_w - x_w.mean((2, 3), keepdim=True))
-    return process.to_eps(x_t, t, x_w)
+    return process.to_eps(x_t, t, channel_medians(x_y) + factor * (x_w - channel_medians(x_w)))
+
+
+def channel_medians(x: Tensor) -> Tensor:
+    """The (lower) median of each channel of images (N, C, H, W) -> (N, C, 1, 1)."""
+    return x.flatten(2).median(2).values[..., None, None]
 
 
 def timesteps(process: Process, steps: int, power: float = 1.0) -> list[int]:

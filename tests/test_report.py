@@ -62,7 +62,7 @@ def study(tmp_path, monkeypatch):
     slow = DIGITS | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
     slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
     others = (slow | {"w": 1}, scores, "other"), (slow | {"w": 3, "from_real": 9}, scores, unet)
-    others += ((slow | {"w": -1}, scores, p2_test.CHOSEN_WITH),)
+    others += ((slow | {"w": -1, "rescale": 0.5, "keeps": "mean"}, scores, p2_test.CHOSEN_WITH),)
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), *others)
 
     starts = [DIGITS | {"per_digit": 20, "seed": 0, "scored": "held-out"} | x for x in ({}, {"from_real": 0})]
@@ -127,7 +127,7 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
     shipped = weights_id(study / "checkpoints" / "p2_unet.safetensors")[:8]
     assert samplers[3] == f"| {shipped} | {settings} | {scores} | 75 | 1000 | an abacus |"
-    assert samplers[4].startswith(f"| {p2_test.CHOSEN_WITH[:8]} | dpm++ | 50 | 1.0 | -1 |")
+    assert samplers[4].startswith(f"| {p2_test.CHOSEN_WITH[:8]} | dpm++ | 50 | 1.0 | -1 | 100 to 400 | 0.5* |")
     assert len(samplers) == 5  # the rows of other weights and of real starts are left out
     assert tables.starts_table().splitlines()[2:] == [
         "| real digits at t = 0 | 200 | 98.7 | 0.100 | 0.400 |",
