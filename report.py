@@ -188,12 +188,12 @@ def observations(_o: argparse.Namespace) -> str:
 
 SAMPLERS = """\
 Scores are against the held-out training digits: a sampler is chosen without the validation digits. Rows of the shipped
-weights come first; the others are of the weights with which the default was chosen (named by the start of their
-SHA-256). Rows of as many images start from the same noise, and distances can be compared between them only: those of
-fewer images are larger. Start: x_T is the noise of this colour (red, green, blue), or plain noise. Colour off: the
-largest difference of the means of red, green and blue, and of their deviations. Calls: of the network, for an image.
-Times, with other work beside, can be compared on one processor only. Rescale with a star: up to commit @@ it was the
-mean of each channel that guidance left alone where this share of its contrast was taken back, today it is the median."""
+weights come first; the others are of the weights with which most was tried (named by the start of their SHA-256). Rows
+of as many images start from the same noise, and distances can be compared between them only: those of fewer images are
+larger. Start: x_T is the noise of this colour (red, green, blue), or plain noise. Rescale with a star: in each channel
+guidance left the mean alone, as it did up to commit ee0824b, not the median. Colour off: the largest difference of the
+means of red, green and blue, and of their deviations. Calls: of the network, for an image. Times, with other work
+beside, can be compared on one processor only."""
 
 STARTS = """\
 Real training digits are noised to t, and sampled from there by the default sampler, against the held-out training
