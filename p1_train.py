@@ -236,7 +236,7 @@ class FaceTrainer(Trainer):
         if self.low == COLLAPSE_ROWS:
             tqdm.write(
                 f"warning: step {self.step}: the discriminator has won (loss below {COLLAPSE_LOSS} for "
-                f"{COLLAPSE_ROWS * LOG_STEPS} steps); the generator no longer learns. Lower --lr-d or add --augment"
+                f"{COLLAPSE_ROWS * LOG_STEPS} steps); the generator no longer learns. Raise --r1 or lower --lr-d"
             )
         return "loss D {loss_d:.3f} G {loss_g:.3f}, D(x) {d_real:.2f}, D(G(z)) {d_fake:.2f}".format(**means)
 

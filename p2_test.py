@@ -38,7 +38,8 @@ from models.unet import UNet_conditional
 WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p2_unet.safetensors"
 SLICE = 20  # images per forward pass; a constant, because float sums may differ in the last bit between sizes
 SAMPLERS = ("dpm++", "ddim", "ddpm")
-# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH; 20 network calls an image.
+# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, rescale with later ones; 20
+# network calls an image.
 FAST = {
     "sampler": "dpm++",
     "steps": 15,
