@@ -138,7 +138,7 @@ def rescaled(process: Process, x_t: Tensor, t: int, eps_y: Tensor, eps_w: Tensor
     Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), eq. 15 and 16,
     there without the medians: guidance raises contrast, and the more the larger w is. That guidance is to leave medians
     alone holds where most of an image is background, and that tells nothing of the class, as in MNIST-M. With means
-    in their place strokes that become brighter darken the background: the darkest channel drifts, at every step.
+    in their place strokes that become brighter darken the background, from step to step, and the darkest channel most.
     """
     x_y = process.to_x_0(x_t, t, eps_y)
     x_w = process.to_x_0(x_t, t, eps_w, clamp=False)
