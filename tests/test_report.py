@@ -58,7 +58,8 @@ def study(tmp_path, monkeypatch):
     scores |= {f"{part}_{c}{of}": -1.5 for part in ("mean", "std") for c in "rgb" for of in ("", "_floor")}
     scores |= {"nearest_least": 20.0, "nearest_real_least": 18.0, "seconds": 200.0}
     digits = scores | {f"digit_{d}": 90.0 + d for d in range(10)}
-    rows("digits.json", *((DIGITS | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)))
+    older = (DIGITS | {"per_digit": 100, "seed": 0, "keeps": "mean"}, digits | {"FD-768": 0.9}, unet)
+    rows("digits.json", *((DIGITS | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)), older)
     slow = DIGITS | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
     slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
     others = (slow | {"w": 1}, scores, "other"), (slow | {"w": 3, "from_real": 9}, scores, unet)
