@@ -5,9 +5,9 @@
   python3 p2_test.py --out some --digits 37 --per-digit 10 --sampler ddpm      # the report's 600 steps
   python3 p2_test.py --out digits --grid grid.png --trajectory trajectory.png  # the report's two figures
 
-Needs nothing but the weight file. Image (digit, number) depends on weights, settings of the sampler, number format
-(--bf16) and seed alone: not on which other images are asked for, and its noise is drawn on the CPU for every device.
-Scores are computed from the PNG files.
+Needs nothing but weight files: the UNet's and, for autoguidance, that of a worse UNet. Image (digit, number) depends
+on weights, settings of the sampler, number format (--bf16) and seed alone: not on which other images are asked for, and
+its noise is drawn on the CPU for every device. Scores are computed from the PNG files.
 """
 
 import common.start  # noqa: F401
@@ -29,17 +29,18 @@ from common.errors import Parser, UserError, run_main
 from common.files import check_apart, check_file, check_writable
 from common.options import add_device_option, add_dims_option, from_zero, positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
-from common.results import add_record_option, check_record, record, weights_name
+from common.results import add_record_option, check_record, record, weights_id, weights_name
 from datasets.augment import normalise, resize
 from datasets.digits import CLASSES, SIZE
-from models.diffusion import Predict, Process, Watch, ddim, ddpm, dpm_solver_pp, guided, timesteps
+from models.diffusion import Predict, Process, Watch, autoguided, ddim, ddpm, dpm_solver_pp, guided, timesteps
 from models.unet import UNet_conditional
 
 WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p2_unet.safetensors"
+WORSE = WEIGHTS.with_name("p2_guide.safetensors")  # for autoguidance: smaller, and trained for a shorter time
 SLICE = 20  # images per forward pass; a constant, because float sums may differ in the last bit between sizes
 SAMPLERS = ("dpm++", "ddim", "ddpm")
-# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, rescale with later ones; 20
-# network calls an image.
+# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, rescale and autoguide with
+# later ones; 20 calls of the network an image, and 7 of the worse one.
 FAST = {
     "sampler": "dpm++",
     "steps": 15,
@@ -49,9 +50,12 @@ FAST = {
     "guide": (190, 500),
     "rescale": 0.42,
     "mean": (118.1, 119.1, 107.4),  # of MNIST-M's training digits; gives way to what the card of the weights says
+    "autoguide": 0.2,  # with the shipped weights alone: others have no worse network of their kind here
+    "autoguide_t": (20, 189),
 }
 CHOSEN_WITH = "be0eb9633c1e"  # SHA-256 of these weights, with which most was tried; the report shows what
-USUAL = {"steps": 20, "power": 1.0, "eta": 0.0, "w": 2.0, "rescale": 0.0}  # what is taken with --sampler
+# what is taken with --sampler
+USUAL = {"steps": 20, "power": 1.0, "eta": 0.0, "w": 2.0, "rescale": 0.0, "autoguide": 0.0}
 UNSURE = 20  # digits in the sheet of those that the classifier is least sure of
 FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's figure
 
@@ -64,7 +68,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--per-digit", type=positive_int, default=100, help="images of each")
     default = (
         "default: {sampler} with {steps} steps, power {power:g}, eta {eta:g}, w {w:g}, guided {guide[0]} to "
-        "{guide[1]}, rescale {rescale:g}, mean as in the card of the weights"
+        "{guide[1]}, rescale {rescale:g}, mean as in the card of the weights; with the shipped weights autoguide "
+        "{autoguide:g} from {autoguide_t[0]} to {autoguide_t[1]}"
     )
     parser.add_argument("--sampler", choices=SAMPLERS, help=default.format(**FAST))
     parser.add_argument(
@@ -77,6 +82,12 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rescale", type=float, help="share of guidance's contrast taken back; above 0 the median is kept, too"
     )
+    what = "autoguidance: (1 + W) eps - W eps of a worse network; 0 is none (with --sampler or other weights: 0)"
+    parser.add_argument("--autoguide", type=float, metavar="W", help=what)
+    parser.add_argument(
+        "--autoguide-t", type=int, nargs=2, metavar="T", help="autoguide from this t to this t only, best below --guide"
+    )
+    parser.add_argument("--autoguide-by", type=Path, metavar="FILE", help=f"worse network: checkpoints/{WORSE.name}")
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean colour (0 to 255) of x_T")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
@@ -95,6 +106,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     o = parser.parse_args(argv)
     T = Process().T
     defaults = USUAL | ({"steps": T} if o.sampler == "ddpm" else {}) if o.sampler else FAST
+    if o.weights.resolve() != WEIGHTS:
+        defaults = defaults | {"autoguide": 0.0}
     for name, value in defaults.items():
         if getattr(o, name) is None:
             setattr(o, name, value)
@@ -116,9 +129,17 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--rescale {o.rescale}: from 0 (guidance as it is) to 1 (contrast as without guidance)")
     if o.mean and not all(0 <= c <= 255 for c in o.mean):
         raise UserError(f"--mean {' '.join(map(str, o.mean))}: give red, green and blue, each from 0 to 255")
-    o.guide = tuple(o.guide or (1, T))
-    if not 1 <= o.guide[0] <= o.guide[1] <= T:
-        raise UserError(f"--guide {o.guide[0]} {o.guide[1]}: give the lowest and the highest t, from 1 to {T}")
+    if not 0 <= o.autoguide <= 100:
+        raise UserError(f"--autoguide {o.autoguide}: from 0 (none) to 100; 0 to 1 make sense")
+    if o.autoguide_by and not o.autoguide:
+        raise UserError(f"--autoguide-by {o.autoguide_by}: is not used; add --autoguide 0.2")
+    o.autoguide_by = o.autoguide_by or WORSE
+    for name in ("guide", "autoguide_t"):
+        low, high = interval = tuple(getattr(o, name) or (1, T))
+        if not 1 <= low <= high <= T:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {low} {high}: give the lowest and the highest t, from 1 to {T}")
+        setattr(o, name, interval)
     check_record(o.record, bool(o.evaluate))
     if o.record and o.classifier:
         raise UserError(f"--classifier {o.classifier}: rows of --record are of the shipped classifier; leave one out")
@@ -162,6 +183,16 @@ def solve(
     return along(predict, x_t, process, steps, watch, eta, draw)
 
 
+def predictor(
+    network: nn.Module, worse: nn.Module | None, process: Process, y: Tensor, o: argparse.Namespace
+) -> Predict:
+    """The noise that ``o``'s guidance predicts for images of the labels y (N,)."""
+    predict = guided(network, process, y, o.w, o.guide, o.rescale)
+    if worse is None:
+        return predict
+    return autoguided(predict, guided(worse, process, y, w=0), o.autoguide, o.autoguide_t)
+
+
 def one_colour(mean: Sequence[float] | None, device: torch.device) -> Tensor | None:
     """The image (3, 1, 1) of --mean's colour, which x_T is the noise of. In training x_T still has a twentieth of its
     image, and the network takes the colour of the whole image from it."""
@@ -182,12 +213,14 @@ def generate(
     device: torch.device,
     bar: bool = True,
     real: Tensor | None = None,
+    worse: nn.Module | None = None,
 ) -> Tensor:
     """Images 1 ... ``per_digit`` of each digit, uint8 (len(digits) * per_digit, 3, 28, 28) on the CPU, by digit.
 
     ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, eta, w, guide, rescale, mean, seed and
-    bf16. With ``real``, images like those returned, it has ``from_real``, the t that they are noised to and sampled
-    from. Every forward pass has exactly SLICE images.
+    bf16. With ``worse``, a network like it for autoguidance, it has autoguide and autoguide_t; with ``real``, images
+    like those returned, ``from_real``, the t that they are noised to and sampled from. Every forward pass has exactly
+    SLICE images.
     """
     wanted = [(digit, number) for digit in digits for number in range(1, per_digit + 1)]
     images = []
@@ -199,7 +232,7 @@ def generate(
         for start in range(0, len(wanted), SLICE):
             rows = [min(row, len(wanted) - 1) for row in range(start, start + SLICE)]
             y = torch.tensor([wanted[row][0] for row in rows], device=device)
-            predict = guided(network, process, y, o.w, o.guide, o.rescale)
+            predict = predictor(network, worse, process, y, o)
             generators = [image_generator(o.seed, *wanted[row]) for row in rows]
             if real is not None:
                 image = resize(normalise(real[rows].to(device)), network.size, antialias=True)
@@ -211,7 +244,9 @@ def generate(
 
 
 @torch.inference_mode()
-def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, device: torch.device, path: Path) -> None:
+def draw_trajectory(
+    network: nn.Module, worse: nn.Module | None, digit: int, o: argparse.Namespace, device: torch.device, path: Path
+) -> None:
     """The report's figure: ancestral sampling of image (digit, 1), after 0, 120, ..., 600 reverse steps."""
     process, seen = Process(), {}
 
@@ -219,7 +254,7 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
         if process.T - t in FIGURE_T:
             seen[process.T - t] = to_uint8(x)[0]
 
-    predict = guided(network, process, torch.full((1,), digit, device=device), o.w, o.guide, o.rescale)
+    predict = predictor(network, worse, process, torch.full((1,), digit, device=device), o)
     with tqdm(total=process.T, desc="trajectory", unit="step", leave=False) as bar, autocast(device, o.bf16):
 
         def counted(x: Tensor, t: int) -> Tensor:
@@ -229,6 +264,14 @@ def draw_trajectory(network: nn.Module, digit: int, o: argparse.Namespace, devic
         generators, image = [image_generator(o.seed, digit, 1)], one_colour(o.mean, device)
         solve(counted, "ddpm", [process.T], generators, device, watch, image=image, size=network.size)
     plot_images([seen[t] for t in FIGURE_T], [f"t = {t}" for t in FIGURE_T], path, columns=len(FIGURE_T))
+
+
+def load_worse(path: Path, size: int, device: torch.device) -> nn.Module:
+    """The network of --autoguide-by, for images of ``size``."""
+    worse, _ = load_network(path, {"unet": UNet_conditional})
+    if worse.size != size:
+        raise UserError(f"{path}: was trained on {worse.size}x{worse.size}, --weights on {size}x{size}; take another")
+    return worse.to(device, memory_format=torch.channels_last)
 
 
 class Judge:
@@ -357,6 +400,7 @@ def main() -> None:
     if o.mean is FAST["mean"]:  # no other was asked for
         o.mean = tuple(card.get("mean", o.mean))
     network = network.to(device, memory_format=torch.channels_last)
+    worse = load_worse(o.autoguide_by, network.size, device) if o.autoguide else None
     digits = [int(d) for d in o.digits]
     labels = torch.tensor(digits).repeat_interleave(o.per_digit)
     pictures = (o.grid, o.trajectory, o.neighbours, o.unsure)
@@ -368,7 +412,7 @@ def main() -> None:
     for path in pictures:
         check_file(path)
     start = time.monotonic()
-    images = generate(network, digits, o.per_digit, o, device, real=real)
+    images = generate(network, digits, o.per_digit, o, device, real=real, worse=worse)
     seconds = time.monotonic() - start
     names = [f"{digit}_{number:03d}.png" for digit in digits for number in range(1, o.per_digit + 1)]
     save_images(images, names, o.out)
@@ -376,14 +420,15 @@ def main() -> None:
         columns = min(10, o.per_digit)
         save_png(sheet(images.unflatten(0, (len(digits), -1))[:, :columns].flatten(0, 1), columns), o.grid)
     if o.trajectory:
-        draw_trajectory(network, digits[0], o, device, o.trajectory)
+        draw_trajectory(network, worse, digits[0], o, device, o.trajectory)
     print(f"{o.out}: {len(images)} images in {seconds:.0f} s")
     if judge:
         scores = judge([o.out / name for name in names], labels, o.neighbours, o.unsure)
         if o.record:
-            settings = (*FAST, "digits", "per_digit", "seed")
+            settings = [name for name in FAST if worse or not name.startswith("autoguide")]
             key = {"weights": weights_name(o.weights), "scored": judge.scored}
-            key |= {name: getattr(o, name) for name in settings}
+            key |= {name: getattr(o, name) for name in (*settings, "digits", "per_digit", "seed")}
+            key |= {"autoguide_by": weights_id(o.autoguide_by)} if worse else {}
             key |= {"from_real": o.from_real} if o.from_real is not None else {}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)
 

@@ -127,7 +127,8 @@ def by_default(file: str, **key: object) -> list[dict]:
     if not weights.exists():
         return []
     mean = load_weights(weights)[1].get("mean", p2_test.FAST["mean"])
-    return rows_of(RESULTS / file, weights, **p2_test.FAST | {"mean": mean, "keeps": None}, **key)
+    now = p2_test.FAST | {"mean": mean, "autoguide_by": shipped_id("p2_guide"), "keeps": None}
+    return rows_of(RESULTS / file, weights, **now, **key)
 
 
 def scored_digits(**key: object) -> list[dict]:
@@ -175,15 +176,20 @@ def samplers_table() -> str:
         count = len(key["digits"]) * key["per_digit"]
         name = f"{key['sampler']}, eta {key['eta']:g}" if key["eta"] else key["sampler"]
         start = " ".join(f"{c:.0f}" for c in key["mean"]) if key["mean"] else "0"
-        cells = [row["weights"][:8], name, key["steps"], key["power"], f"{key['w']:g}", guided]
-        cells += [f"{key['rescale']:g}{'*' if key.get('keeps') == 'mean' else ''}", start, count]
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         colour = " / ".join(f"{max(abs(scores[f'{name}_{c}']) for c in 'rgb'):.1f}" for name in ("mean", "std"))
         taken = timesteps(Process(), key["steps"], key["power"])[:-1]
         calls = str(sum(1 + bool(key["w"] and low <= t <= high) for t in taken))
+        autoguided = ""
+        if "autoguide" in key:
+            first, last = key["autoguide_t"]
+            calls += f" + {sum(first <= t <= last for t in taken)}"
+            autoguided = f"{key['autoguide']:g}, {first} to {last}"
+        cells = [row["weights"][:8], name, key["steps"], key["power"], f"{key['w']:g}", guided]
+        cells += [f"{key['rescale']:g}{'*' if key.get('keeps') == 'mean' else ''}", autoguided, start, count]
         cost = f"{1000 * scores['seconds'] / count:.0f}" if "seconds" in scores else ""
         lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, colour, calls, cost, row["hardware"]])
-    settings = ["weights", "sampler", "steps", "power", "w", "guided t", "rescale", "start", "images"]
+    settings = ["weights", "sampler", "steps", "power", "w", "guided t", "rescale", "autoguide, t", "start", "images"]
     header = [*settings, "accuracy, %", *distances(rows[0]), "colour off, %", "calls", "ms an image", "on"]
     return table(header, lines)
 

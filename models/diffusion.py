@@ -1,4 +1,4 @@
-"""Denoising diffusion: the process, the training loss, three samplers and classifier-free guidance.
+"""Denoising diffusion: the process, the training loss, three samplers and two kinds of guidance.
 
 Notation of Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM, arXiv:2006.11239): steps t = 1 ... T,
 x_0 an image in [-1, 1], x_T nearly N(0, I), alpha_bar_t the share of the image's variance left at t, alpha_bar_0 = 1.
@@ -144,6 +144,26 @@ def rescaled(process: Process, x_t: Tensor, t: int, eps_y: Tensor, eps_w: Tensor
     x_w = process.to_x_0(x_t, t, eps_w, clamp=False)
     factor = 1 - share + share * x_y.std((2, 3), keepdim=True) / x_w.std((2, 3), keepdim=True)
     return process.to_eps(x_t, t, channel_medians(x_y) + factor * (x_w - channel_medians(x_w)))
+
+
+def autoguided(predict: Predict, worse: Predict, w: float, interval: tuple[float, float] = (0, math.inf)) -> Predict:
+    """Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", arXiv:2406.02507,
+    eq. 3, where w is one more) as a noise predictor:
+
+        eps = (1 + w) eps(x_t, t) - w eps_worse(x_t, t)
+
+    ``worse`` predicts for the same labels with a network that is smaller and was trained for a shorter time. It errs
+    where ``predict`` errs, only farther, and so the way from one to the other goes on towards the data. Outside
+    ``interval`` (lowest and highest t) w counts as 0, which saves the call of ``worse``.
+    """
+
+    def predicted(x: Tensor, t: int) -> Tensor:
+        eps = predict(x, t)
+        if w == 0 or not interval[0] <= t <= interval[1]:
+            return eps
+        return (1 + w) * eps - w * worse(x, t)
+
+    return predicted
 
 
 def channel_medians(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from models.diffusion import (
     Process,
+    autoguided,
     ddim,
     ddpm,
     dpm_solver_pp,
@@ -267,6 +268,28 @@ def test_guidance():
     assert torch.equal(predicted(2, interval=(1, 9)), conditional)
     assert calls == [3, 6, 6, 3, 3]
     assert torch.equal(predicted(2, interval=(10, 10)), 3 * conditional - 2 * unconditional)
+
+
+def test_autoguidance_takes_back_errors_of_one_kind():
+    """A worse network whose error is k times as large, guided away from with w = 1 / (k - 1), leaves no error."""
+    truth, error, k = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), 3
+    x, asked = torch.zeros_like(truth), []
+
+    def predict(x, t):
+        return truth + error
+
+    def worse(x, t):
+        asked.append(t)
+        return truth + k * error
+
+    ours = autoguided(predict, worse, 1 / (k - 1), (10, 20))
+    for t in (10, 20):
+        assert torch.allclose(ours(x, t), truth, atol=1e-6)
+    for t in (9, 21):
+        assert torch.equal(ours(x, t), truth + error)
+    assert torch.equal(autoguided(predict, worse, 0)(x, 15), truth + error)
+    assert torch.allclose(autoguided(predict, worse, 1)(x, 600), truth - error, atol=1e-6)
+    assert asked == [10, 20, 600]
 
 
 def test_rescaled_guidance_keeps_median_and_contrast():

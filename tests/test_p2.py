@@ -15,7 +15,7 @@ import p2_test
 import p2_train
 from common.checkpoint import load_state, load_weights, save_weights
 from common.pictures import plot_curves, to_uint8
-from common.results import read_results
+from common.results import read_results, weights_id
 from datasets.augment import normalise, resize
 from datasets.digits import HELD_OUT, load_digits, load_labels
 from datasets.images import decode_files, hold_out
@@ -378,9 +378,12 @@ def test_settings_without_and_with_a_sampler():
     assert settings() == p2_test.FAST
     assert settings("--w", "1") == p2_test.FAST | {"w": 1}
     usual = {"sampler": "dpm++", "steps": 20, "power": 1, "eta": 0, "w": 2}
-    usual |= {"guide": (1, 600), "rescale": 0, "mean": None}
+    usual |= {"guide": (1, 600), "rescale": 0, "mean": None, "autoguide": 0, "autoguide_t": (1, 600)}
     assert settings("--sampler", "dpm++") == usual
     assert settings("--sampler", "ddpm") == usual | {"sampler": "ddpm", "steps": 600}
+    assert settings("--weights", "other") == p2_test.FAST | {"autoguide": 0}
+    assert settings("--weights", "other", "--autoguide", "2") == p2_test.FAST | {"autoguide": 2}
+    assert settings("--weights", str(p2_test.WEIGHTS)) == p2_test.FAST
 
 
 def test_the_default_sampler_starts_from_the_mean_colour_that_the_card_tells(tmp_path, monkeypatch):
@@ -424,6 +427,33 @@ def test_settings_reach_the_sampler(weights, tmp_path, monkeypatch):
     assert (sampler, steps) == ("ddim", timesteps(Process(), 3, 2))
     assert torch.equal(rest.pop("image"), torch.tensor([1, 2, 3]).view(3, 1, 1) / 127.5 - 1)
     assert rest == {"eta": 0.3, "size": 28}
+
+
+def test_a_worse_network_guides(weights, digits, tmp_path, mean_inception):
+    """Its own predictions change nothing, those of another network do, where they are asked for; rows tell which."""
+    torch.manual_seed(4)
+    worse = tmp_path / "worse.safetensors"
+    save_weights(worse, UNet_conditional(dim=4).state_dict(), {"model": "unet", "config": {"dim": 4}})
+    record = tmp_path / "digits.json"
+    guided = ("--digits", "40", "--per-digit", 2, "--w", 0, "--evaluate", digits, "--record", record, "--autoguide")
+    made = {}
+    for name, options in {
+        "plain": (0,),
+        "own": (1, "--autoguide-by", weights),
+        "worse": (1, "--autoguide-by", worse),
+        "early": (1, "--autoguide-by", worse, "--autoguide-t", 301, 599),  # t = 600 and 300 are taken
+    }.items():
+        assert generate(weights, tmp_path / name, *guided, *options).code == 0
+        names = sorted(path.name for path in (tmp_path / name).iterdir())
+        made[name] = decode_files([tmp_path / name / n for n in names], 28).int()
+    assert (made["own"] - made["plain"]).abs().max() <= 1
+    assert (made["worse"] - made["plain"]).abs().max() > 9
+    assert torch.equal(made["early"], made["plain"])
+    of_own, of_worse = weights_id(weights), weights_id(worse)
+    wanted = [(None, None, None), (1.0, [1, 600], of_own), (1.0, [1, 600], of_worse), (1.0, [301, 599], of_worse)]
+    keys = [row["key"] for row in read_results(record)]
+    found = [tuple(key.get(name) for name in ("autoguide", "autoguide_t", "autoguide_by")) for key in keys]
+    assert sorted(map(str, found)) == sorted(map(str, wanted))
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -601,6 +631,10 @@ def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_
         (("--guide", 1, 601), "--guide 1 601"),
         (("--rescale", 1.5), "--rescale 1.5"),
         (("--rescale", "nan"), "--rescale nan"),
+        (("--autoguide", -1), "--autoguide -1"),
+        (("--autoguide", "nan"), "--autoguide nan"),
+        (("--autoguide", 1, "--autoguide-t", 9, 0), "--autoguide-t 9 0"),
+        (("--autoguide-by", "x"), "--autoguide-by x"),
         (("--mean", 0, 0, 256), "--mean 0.0 0.0 256.0"),
         (("--sampler", "ddpm"), "--steps 2"),
         (("--sampler", "ddpm", "--steps", 600, "--power", 2), "--power 2"),
@@ -633,6 +667,10 @@ def test_wrong_files(weights, digits, tmp_path, mean_inception):
     foreign = tmp_path / "foreign.safetensors"
     save_weights(foreign, Classifier().state_dict(), {"model": "classifier", "config": {}})
     assert_user_error(generate(foreign, out), foreign, "'classifier'")
+    large = tmp_path / "large.safetensors"
+    save_weights(large, UNet_conditional(dim=4).state_dict(), {"model": "unet", "config": {"dim": 4, "size": 32}})
+    for worse, part in ((foreign, "'classifier'"), (tmp_path / "gone", "no such weight file"), (large, "32x32")):
+        assert_user_error(generate(weights, out, "--autoguide", 1, "--autoguide-by", worse), worse, part)
     assert_user_error(generate(weights, out, "--evaluate", tmp_path / "none"), tmp_path / "none")
     bad = tmp_path / "Classifier.pth"
     for content in ({"state_dict": {"fc.weight": torch.zeros(2)}}, {"model": 1}, [1]):

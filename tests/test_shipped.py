@@ -29,6 +29,7 @@ DATA = {  # describe() of the images trained on; p3: 500 of MNIST-M's and all of
     "digit_classifier": "40320 training images, CRC-32 of a sample 2c368d64",
     "p1_dcgan": "36439 training images, CRC-32 of a sample 92567a82",
     "p1_sngan": "36439 training images, CRC-32 of a sample 92567a82",
+    "p2_guide": "42800 training images, CRC-32 of a sample 06b55a76",
     "p2_unet": "42800 training images, CRC-32 of a sample 06b55a76",
     "p3_svhn": "7003 training images, CRC-32 of a sample 1a2ae3c7",
     "p3_usps": "6450 training images, CRC-32 of a sample 7bce2c15",
