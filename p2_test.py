@@ -40,7 +40,7 @@ WORSE = WEIGHTS.with_name("p2_guide.safetensors")  # for autoguidance: smaller, 
 SLICE = 20  # images per forward pass; a constant, because float sums may differ in the last bit between sizes
 SAMPLERS = ("dpm++", "ddim", "ddpm")
 # Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, rescale and autoguide with
-# later ones; 20 calls of the network an image, and 7 of the worse one.
+# later ones; 20 calls of the network an image, and 6 of the worse one.
 FAST = {
     "sampler": "dpm++",
     "steps": 15,

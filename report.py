@@ -119,7 +119,9 @@ def build_digits(o: argparse.Namespace) -> str:
         if o.measure or not tables.scored_digits(seed=seed):
             options = ("--weights", weights, "--seed", seed, "--per-digit", tables.DIGITS)
             measure(o, "p2_test.py", data, record, *options)
-    text = [f"{tables.training(card)}.", tables.digits_table(), "### Samplers", SAMPLERS, tables.samplers_table()]
+    _, worse = load_weights(tables.weight_file("p2_guide"))
+    trained = f"{tables.training(card)}. The worse UNet of autoguidance: {tables.training(worse)}."
+    text = [trained, tables.digits_table(), "### Samplers", SAMPLERS, tables.samplers_table()]
     if starts := tables.starts_table():
         text += ["### Where the distance comes from", STARTS, starts]
     text += recipes("### Digit recipes", tables.digit_recipes_table())
@@ -192,8 +194,8 @@ weights come first; the others are of the weights with which most was tried (nam
 of as many images start from the same noise, and distances can be compared between them only: those of fewer images are
 larger. Start: x_T is the noise of this colour (red, green, blue), or plain noise. Rescale with a star: in each channel
 guidance left the mean alone, as it did up to commit ee0824b, not the median. Colour off: the largest difference of the
-means of red, green and blue, and of their deviations. Calls: of the network, for an image. Times, with other work
-beside, can be compared on one processor only."""
+means of red, green and blue, and of their deviations. Autoguide: its strength, and where it acts. Calls: of the
+network, for an image, and of autoguidance's. Times, with other work beside, can be compared on one processor only."""
 
 STARTS = """\
 Real training digits are noised to t, and sampled from there by the default sampler, against the held-out training
@@ -252,7 +254,7 @@ PARTS = {
     "digits": Part(
         "Digits: class-conditional diffusion",
         build_digits,
-        ("p2_unet", "digit_classifier"),
+        ("p2_unet", "p2_guide", "digit_classifier"),
         ("digits.json", "samplers.json", "starts.json", "recipes.json", "p2_unet_metrics.csv"),
         ("p2_train.py", "p2_test.py", *MODULES),
         ("digits/mnistm",),
@@ -260,7 +262,7 @@ PARTS = {
     "pictures": Part(
         "Digits: pictures",
         draw_digits,
-        ("p2_unet", "digit_classifier"),
+        ("p2_unet", "p2_guide", "digit_classifier"),
         code=("p2_test.py", *MODULES),
         data=("digits/mnistm",),
     ),

@@ -72,9 +72,14 @@ def test_shown_faces_are_found(name):
 
 def test_shipped_weights_are_those_that_the_scripts_take(tmp_path, monkeypatch):
     monkeypatch.setattr(p2_test, "SLICE", 1)
-    options = ("--digits", 7, "--per-digit", 1, "--sampler", "ddim", "--steps", 1, "--device", "cpu")
-    assert run(p2_test.main, "--out", tmp_path / "digits", *options).code == 0
-    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["7_001.png"]
+    made = []
+    for options in ((), ("--autoguide", 0)):  # t = 600, 267 and 67, where a worse network guides by default
+        out = tmp_path / f"digits{len(made)}"
+        options += ("--digits", 7, "--per-digit", 1, "--steps", 3, "--device", "cpu")
+        assert run(p2_test.main, "--out", out, *options).code == 0
+        assert [path.name for path in out.iterdir()] == ["7_001.png"]
+        made.append((out / "7_001.png").read_bytes())
+    assert made[0] != made[1]
     for target, channels in (("svhn", 3), ("usps", 1)):
         write_pngs(tmp_path / target, smooth_images(3, 28, channels))
         out = tmp_path / f"{target}.csv"
