@@ -425,10 +425,10 @@ def main() -> None:
     if judge:
         scores = judge([o.out / name for name in names], labels, o.neighbours, o.unsure)
         if o.record:
-            settings = [name for name in FAST if worse or not name.startswith("autoguide")]
+            settings = [name for name in FAST if o.autoguide or not name.startswith("autoguide")]
             key = {"weights": weights_name(o.weights), "scored": judge.scored}
             key |= {name: getattr(o, name) for name in (*settings, "digits", "per_digit", "seed")}
-            key |= {"autoguide_by": weights_id(o.autoguide_by)} if worse else {}
+            key |= {"autoguide_by": weights_id(o.autoguide_by)} if o.autoguide else {}
             key |= {"from_real": o.from_real} if o.from_real is not None else {}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)
 

@@ -147,8 +147,8 @@ def rescaled(process: Process, x_t: Tensor, t: int, eps_y: Tensor, eps_w: Tensor
 
 
 def autoguided(predict: Predict, worse: Predict, w: float, interval: tuple[float, float] = (0, math.inf)) -> Predict:
-    """Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", arXiv:2406.02507,
-    eq. 3, where w is one more) as a noise predictor:
+    """Autoguidance (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", arXiv:2406.02507;
+    w is one more there) as a noise predictor:
 
         eps = (1 + w) eps(x_t, t) - w eps_worse(x_t, t)
 
