@@ -87,7 +87,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--autoguide-t", type=int, nargs=2, metavar="T", help="autoguide from this t to this t only, best below --guide"
     )
-    parser.add_argument("--autoguide-by", type=Path, metavar="FILE", help=f"worse network: checkpoints/{WORSE.name}")
+    parser.add_argument("--autoguide-by", type=Path, metavar="FILE", help=f"default: checkpoints/{WORSE.name}")
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean colour (0 to 255) of x_T")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")

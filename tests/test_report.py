@@ -63,8 +63,8 @@ def study(tmp_path, monkeypatch):
     digits = scores | {f"digit_{d}": 90.0 + d for d in range(10)}
     guided = DIGITS | {"autoguide_by": weights_id(checkpoints / "p2_guide.safetensors")}
     plain = {name: value for name, value in DIGITS.items() if not name.startswith("autoguide")}
-    others = guided | {"keeps": "mean"}, guided | {"autoguide_by": "another"}, plain  # older ones
-    older = [(key | {"per_digit": 100, "seed": 0}, digits | {"FD-768": 0.9}, unet) for key in others]
+    stale = guided | {"keeps": "mean"}, guided | {"autoguide_by": "another"}, plain
+    older = [(key | {"per_digit": 100, "seed": 0}, digits | {"FD-768": 0.9}, unet) for key in stale]
     rows("digits.json", *((guided | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)), *older)
     slow = plain | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
     slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
