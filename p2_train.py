@@ -32,6 +32,7 @@ from common.checkpoint import history, load_network
 from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, run_main
+from common.muon import Muon
 from common.options import positive_float, positive_int, share_of_one, weight
 from common.parallel import is_first, share
 from common.pictures import sheet
@@ -71,6 +72,7 @@ RECIPES = {
         "anneal": False,
     },
 }
+OPTIMISERS = ("adamw", "muon")
 LOW_NOISE = 250  # the highest t of --low-noise; below, textures are made
 # Samples during training; their seed is none that generated digits are reported for.
 EVAL = argparse.Namespace(
@@ -85,7 +87,8 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, help="* images per update")
-    parser.add_argument("--lr", type=positive_float, default=3e-4, help="AdamW learning rate")
+    parser.add_argument("--optimiser", choices=OPTIMISERS, default="adamw", help="muon: of hidden layers' weights")
+    parser.add_argument("--lr", type=positive_float, default=3e-4, help="learning rate, for muon in units of AdamW's")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average; 0 for none")
     parser.add_argument("--predicts", choices=("noise", "velocity"), help="* what the network's output means")
     parser.add_argument(
@@ -141,6 +144,12 @@ class Judge:
         return scores
 
 
+def new_optimiser(network: UNet_conditional, o: argparse.Namespace) -> torch.optim.Optimizer:
+    if o.optimiser == "muon":
+        return Muon(network, (network.inc.double_conv[0], network.outc, network.label_emb), o.lr)
+    return torch.optim.AdamW(network.parameters(), o.lr, fused=True)
+
+
 class DiffusionTrainer(Trainer):
     losses = ("loss",)
     scores = ("accuracy", "fd", *COLOURS)
@@ -172,7 +181,7 @@ class DiffusionTrainer(Trainer):
             self.network = UNet_conditional(dim=o.dim, predicts=o.predicts, size=o.size)
         self.network.to(device, memory_format=torch.channels_last)
         self.ema = EMA(self.network, o.ema)
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), o.lr, fused=True)
+        self.optimiser = new_optimiser(self.network, o)
         self.process = Process()
         self.weight = snr_weight(self.process, o.gamma, o.floor).to(device)
         parts: dict[str, Part] = {"network": self.network, "average": self.average, "optimiser": self.optimiser}

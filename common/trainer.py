@@ -33,7 +33,8 @@ class Part(Protocol):
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer, lr: float) -> None:
     """A step down the gradient of ``loss``, of which every process has computed its share."""
-    optimiser.param_groups[0]["lr"] = lr
+    for group in optimiser.param_groups:
+        group["lr"] = lr
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     average_gradients(optimiser)

@@ -73,8 +73,10 @@ def test_a_run_leaves_everything_a_reader_needs(digits, tmp_path, mean_inception
     assert card["mean"] == pytest.approx(trained_on.mean((0, 2, 3)).tolist(), abs=0.051)
 
 
-def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
-    assert train(digits, tmp_path / "a", "--steps", 4).code == 0
+@pytest.mark.parametrize("optimiser", p2_train.OPTIMISERS)
+def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch, optimiser):
+    options = ("--steps", 4, "--optimiser", optimiser)
+    assert train(digits, tmp_path / "a", *options).code == 0
     update = p2_train.DiffusionTrainer.update
 
     def killed(self):
@@ -84,7 +86,7 @@ def test_resume_is_bit_equal(digits, tmp_path, mean_inception, monkeypatch):
 
     monkeypatch.setattr(p2_train.DiffusionTrainer, "update", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        train(digits, tmp_path / "b", "--steps", 4, "--save-every", 1e-9)
+        train(digits, tmp_path / "b", *options, "--save-every", 1e-9)
     monkeypatch.setattr(p2_train.DiffusionTrainer, "update", update)
     assert run(p2_train.main, "--resume", tmp_path / "b" / "p2_000").code == 0
     a, b = (load_state(tmp_path / x / "p2_000" / "state.pt") for x in "ab")

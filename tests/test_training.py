@@ -26,6 +26,11 @@ from tests.helpers import run
 SCRIPTS = {
     "p1": (p1_train.parse_options, p1_train.FaceTrainer, ("--dim", 2, "--eval-images", 0)),
     "p2": (p2_train.parse_options, p2_train.DiffusionTrainer, ("--dim", 4, "--eval-images", 0)),
+    "p2 muon": (
+        p2_train.parse_options,
+        p2_train.DiffusionTrainer,
+        ("--dim", 4, "--eval-images", 0, "--optimiser", "muon"),
+    ),
     "p3": (p3_train.parse_options, p3_train.make_trainer, ("--dim", 2, "--students", 0)),
     "p3 source": (p3_train.parse_options, p3_train.make_trainer, ("--method", "source", "--network", "dann")),
     "classifier": (
@@ -45,7 +50,8 @@ def make(faces, domains, tmp_path):
     def make(name: str, *words: object) -> Trainer:
         parse, trainer, own = SCRIPTS[name]
         data = {"p1": tmp_path / "face", "p2": domains / "mnistm", "classifier": domains / "mnistm"}
-        common = ("--data", data.get(name, domains), "--out", tmp_path / "runs", "--device", "cpu", "--no-bf16")
+        folder = data.get(name.removesuffix(" muon"), domains)
+        common = ("--data", folder, "--out", tmp_path / "runs", "--device", "cpu", "--no-bf16")
         return trainer(parse([str(word) for word in (*common, "--batch-size", 6, *own, *words)]))
 
     return make
@@ -90,14 +96,13 @@ def test_the_power_of_the_average_reaches_it(make):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_annealing_reaches_the_optimisers(make, name):
     t = make(name)
-    t.progress, t.o.anneal = 0.75, True
-    t.update()
+    t.progress = 0.75
     optimisers = [part for part in t.parts.values() if isinstance(part, torch.optim.Optimizer)]
     full = [t.o.lr_g, t.o.lr_d] if name == "p1" else [t.o.lr]
-    assert [o.param_groups[0]["lr"] for o in optimisers] == pytest.approx([rate / 2 for rate in full])
-    t.o.anneal = False
-    t.update()
-    assert [o.param_groups[0]["lr"] for o in optimisers] == full
+    for t.o.anneal, factor in ((True, 0.5), (False, 1)):
+        t.update()
+        for optimiser, rate in zip(optimisers, full, strict=True):
+            assert all(group["lr"] == pytest.approx(rate * factor) for group in optimiser.param_groups)
 
 
 def test_descent_forgets_the_gradient_before():
