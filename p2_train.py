@@ -87,7 +87,9 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, help="* images per update")
-    parser.add_argument("--optimiser", choices=OPTIMISERS, default="adamw", help="muon: of hidden layers' weights")
+    parser.add_argument(
+        "--optimiser", choices=OPTIMISERS, default="adamw", help="muon: for the weights of hidden layers"
+    )
     parser.add_argument("--lr", type=positive_float, default=3e-4, help="learning rate, for muon in units of AdamW's")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average; 0 for none")
     parser.add_argument("--predicts", choices=("noise", "velocity"), help="* what the network's output means")
