@@ -3,7 +3,7 @@
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). Rates
 are in AdamW's units by the factor of Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv:2502.16982), section
 2.2. ``torch.optim.Muon`` takes 2-D weights alone, which those of convolutions are not, needs torch 2.9, and computes in
-bfloat16, on processors without it 20 times as long.
+bfloat16: 23 times as slow on a processor without it.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-A, B, C = 3.4445, -4.7750, 2.0315  # Jordan et al.: singular values of 0.01 to 1 end between 0.7 and 1.2
+A, B, C = 3.4445, -4.7750, 2.0315  # Jordan et al.: five steps bring values of 0.01 to 1 between 0.68 and 1.14
 RMS = 0.2  # root mean square of an update of rate 1, about that of AdamW's
 
 
