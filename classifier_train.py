@@ -11,7 +11,6 @@ import common.start  # noqa: F401
 import argparse
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,10 @@ from common.errors import Parser, run_main
 from common.options import positive_float, positive_int
 from common.parallel import is_first, share
 from common.run import add_common_options, parse_with_resume
-from common.trainer import Trainer, descend
+from common.trainer import LabelTrainer, descend
 from datasets.augment import normalise, translation
-from datasets.digits import load_digits, load_labels
-from datasets.images import describe, hold_out
+from datasets.digits import load_digits, load_folds, load_labels
+from datasets.images import describe
 from metrics.classify import accuracy
 from models.classifier import Classifier
 
@@ -42,18 +41,11 @@ def build_parser() -> Parser:
     return parser
 
 
-class ClassifierTrainer(Trainer):
-    losses = ("loss",)
-    scores = ("error",)
-    selects = "error"
-    panels: ClassVar = {"loss": ("loss",), "error on held-out digits, %": ("error",)}
-
+class ClassifierTrainer(LabelTrainer):
     def __init__(self, o: argparse.Namespace):
         device = pick_device(o.device)
         o.bf16 = bool(o.bf16)  # float32 unless asked for: so small a network does not profit
-        (self.images, self.held_images), (self.labels, self.held_labels) = (
-            hold_out(x, 4480, o.data) for x in (load_digits(o.data, "train"), load_labels(o.data, "train"))
-        )
+        (self.images, self.labels), (self.held_images, self.held_labels) = load_folds(o.data, 4480)
         torch.manual_seed(o.seed)
         self.network = Classifier().to(device)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), o.lr, weight_decay=0.01)
@@ -70,9 +62,6 @@ class ClassifierTrainer(Trainer):
         loss = F.cross_entropy(logits.float(), share(self.labels[rows]))
         descend(loss, self.optimiser, self.o.lr * self.factor)
         return loss.detach()[None]
-
-    def describe(self, means: dict[str, float]) -> str:
-        return "loss {loss:.3f}".format(**means)
 
     def evaluate(self) -> dict[str, float]:
         return {"error": 100 - accuracy(self.network.eval(), self.held_images, self.held_labels)}

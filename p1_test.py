@@ -108,9 +108,8 @@ class Judge:
 
         images = decode_files(paths, SIZE)
         distance = frechet_distance(self.inception.features(images, what="Inception, samples"), self.features)
-        reason = f" ({self.inception.reason})" if self.inception.reason else ""
-        against = f"{len(images)} images against {len(self.features)} of {self.real}"
-        print(f"{self.inception.name} {distance:.4f}: {against}{reason}")
+        against = f"{len(images)} images against {len(self.features)} of {self.real}{self.inception.note}"
+        print(f"{self.inception.name} {distance:.4f}: {against}")
         rate = face_rate(face_counts(images))
         print(f"faces {rate:.1f} %: images in which dlib finds exactly one face")
         return {self.inception.name: distance, "faces": rate}

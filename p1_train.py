@@ -39,9 +39,9 @@ from common.run import add_common_options, add_sample_options, parse_with_resume
 from common.trainer import LOG_STEPS, Part, Trainer, descend
 from datasets.augment import POLICIES, diff_augment, normalise, random_flip
 from datasets.faces import HELD_OUT, load_faces
-from datasets.images import cache_file, describe, hold_out
+from datasets.images import describe, hold_out
 from metrics.detect import face_counts, face_rate
-from metrics.frechet import Inception
+from metrics.frechet import HeldOutDistance
 from models import dcgan, sngan
 from p1_test import generate
 
@@ -195,13 +195,10 @@ class Judge:
     """Fréchet distance to held-out training faces and face rate of generated images, where they can be had."""
 
     def __init__(self, held_out: Tensor, device: torch.device, data: Path):
-        self.held_out, self.cache = held_out, cache_file(data, "held_out_features")
-        self.inception = Inception.if_there(device)
+        self.distance = HeldOutDistance(held_out, device, data)
 
     def __call__(self, images: Tensor) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        if self.inception:
-            scores["fd"] = self.inception.distance(images, self.held_out, self.cache)
+        scores = self.distance(images)
         try:
             scores["faces"] = face_rate(face_counts(images))
         except UserError as error:

@@ -57,6 +57,7 @@ CHOSEN_WITH = "be0eb9633c1e"  # SHA-256 of these weights, with which most was tr
 # what is taken with --sampler
 USUAL = {"steps": 20, "power": 1.0, "eta": 0.0, "w": 2.0, "rescale": 0.0, "autoguide": 0.0}
 UNSURE = 20  # digits in the sheet of those that the classifier is least sure of
+NEIGHBOURS = 7  # nearest training digits that are shown
 FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's figure
 
 
@@ -108,6 +109,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     defaults = USUAL | ({"steps": T} if o.sampler == "ddpm" else {}) if o.sampler else FAST
     if o.weights.resolve() != WEIGHTS:
         defaults = defaults | {"autoguide": 0.0}
+    of_autoguidance = {name: getattr(o, name) for name in ("autoguide_by", "autoguide_t") if getattr(o, name)}
     for name, value in defaults.items():
         if getattr(o, name) is None:
             setattr(o, name, value)
@@ -131,8 +133,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--mean {' '.join(map(str, o.mean))}: give red, green and blue, each from 0 to 255")
     if not 0 <= o.autoguide <= 100:
         raise UserError(f"--autoguide {o.autoguide}: from 0 (none) to 100; 0 to 1 make sense")
-    if o.autoguide_by and not o.autoguide:
-        raise UserError(f"--autoguide-by {o.autoguide_by}: is not used; add --autoguide 0.2")
+    if of_autoguidance and not o.autoguide:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in of_autoguidance)
+        raise UserError(f"{names}: for autoguidance, which is off; add --autoguide 0.2")
     o.autoguide_by = o.autoguide_by or WORSE
     for name in ("guide", "autoguide_t"):
         low, high = interval = tuple(getattr(o, name) or (1, T))
@@ -285,25 +288,25 @@ class Judge:
     def __init__(
         self, root: Path, classifier: Path | None, held_out: bool, device: torch.device, dims: int | None = None
     ):
-        from datasets.digits import HELD_OUT, load_digits, load_labels
-        from datasets.images import cache_file, hold_out
+        from datasets.digits import load_digits, load_folds, load_labels
+        from datasets.images import cache_file
         from metrics.classify import load_classifier
         from metrics.frechet import Inception
 
         self.classifier = load_classifier(classifier).to(device)
         self.root = root
-        self.train, self.labels = load_digits(root, "train"), load_labels(root, "train")
         if held_out:
             self.scored, self.what = "held-out", "held-out training digits"
-            (self.train, self.real), (self.labels, self.real_labels) = (
-                hold_out(x, HELD_OUT, root) for x in (self.train, self.labels)
-            )
+            (self.train, self.labels), (self.real, self.real_labels) = load_folds(root)
         else:
             self.scored, self.what = "val", "validation digits"
+            self.train, self.labels = load_digits(root, "train"), load_labels(root, "train")
             self.real, self.real_labels = first_of_each(load_digits(root, "val"), load_labels(root, "val"), 200)
         self.floor, _ = first_of_each(self.train, self.labels, 100)
         if min(len(self.real), len(self.floor)) < 2:
             raise UserError(f"{root}: a Fréchet distance needs at least 2 {self.what} and 2 others")
+        if len(self.train) < NEIGHBOURS:
+            raise UserError(f"{root}: {len(self.train)} training digits; the {NEIGHBOURS} nearest are looked for")
         self.inception = Inception(device, dims, also=(64, 192))
         name = f"inception{'_'.join(map(str, self.inception.sizes))}"
         self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_{self.scored}"))
@@ -338,11 +341,10 @@ class Judge:
     def distances(self, images: Tensor) -> dict[str, float]:
         features = self.inception.features(images, what="Inception, samples")
         floor = self.inception.distances(self.floor_features, self.real_features)
-        reason = f" ({self.inception.reason})" if self.inception.reason else ""
         scores = self.inception.distances(features, self.real_features)
         against = f"{len(self.real)} {self.what}"
         for name, value in scores.items():
-            print(f"{name} {value:.4f} to {against} (training digits {floor[name]:.4f}){reason}")
+            print(f"{name} {value:.4f} to {against} (training digits {floor[name]:.4f}){self.inception.note}")
         return scores | {f"{name}_floor": value for name, value in floor.items()}
 
     def colours(self, images: Tensor) -> dict[str, float]:
@@ -360,7 +362,7 @@ class Judge:
     def nearest(self, images: Tensor, path: Path | None) -> dict[str, float]:
         from metrics.neighbours import nearest
 
-        distances, rows = nearest(torch.cat([images, self.real]), self.train, 7)
+        distances, rows = nearest(torch.cat([images, self.real]), self.train, NEIGHBOURS)
         ours, real = distances[:, 0].tensor_split([len(images)])
         scores = {}
         for name, what, d in (("nearest", "samples", ours), ("nearest_real", self.what, real)):
@@ -370,7 +372,7 @@ class Judge:
         if path:
             closest = ours.argsort()[:10]
             rows_of_sheet = [torch.cat([images[i : i + 1], self.train[rows[i]]]) for i in closest]
-            save_png(sheet(torch.cat(rows_of_sheet), columns=8), path)
+            save_png(sheet(torch.cat(rows_of_sheet), columns=1 + NEIGHBOURS), path)
         return scores
 
 

@@ -39,11 +39,11 @@ from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
 from common.trainer import Part, Trainer, descend
 from datasets.augment import normalise, resize
-from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
-from datasets.images import cache_file, describe, hold_out
+from datasets.digits import CLASSES, load_folds
+from datasets.images import describe
 from metrics.classify import accuracy, load_classifier
 from metrics.colour import COLOURS, colour_statistics
-from metrics.frechet import Inception
+from metrics.frechet import HeldOutDistance
 from models.diffusion import Process, snr_weight, training_loss
 from models.unet import UNet_conditional
 from p2_test import generate
@@ -128,8 +128,7 @@ class Judge:
     """
 
     def __init__(self, held_out: Tensor, device: torch.device, data: Path):
-        self.held_out, self.cache = held_out, cache_file(data, "held_out_features")
-        self.inception = Inception.if_there(device)
+        self.distance = HeldOutDistance(held_out, device, data)
         self.colours = colour_statistics(held_out)
         try:
             self.classifier = load_classifier().to(device)
@@ -141,9 +140,7 @@ class Judge:
         scores = dict(zip(COLOURS, (colour_statistics(images) - self.colours).tolist(), strict=True))
         if self.classifier:
             scores["accuracy"] = accuracy(self.classifier, images, labels)
-        if self.inception:
-            scores["fd"] = self.inception.distance(images, self.held_out, self.cache)
-        return scores
+        return scores | self.distance(images)
 
 
 def new_optimiser(network: UNet_conditional, o: argparse.Namespace) -> torch.optim.Optimizer:
@@ -166,8 +163,7 @@ class DiffusionTrainer(Trainer):
 
     def __init__(self, o: argparse.Namespace):
         device, o.bf16 = device_and_format(o.device, o.bf16)
-        images, held_out = hold_out(load_digits(o.data, "train"), HELD_OUT, o.data)
-        labels, _ = hold_out(load_labels(o.data, "train"), HELD_OUT, o.data)
+        (images, labels), (held_out, _) = load_folds(o.data)
         self.images, self.labels = images.to(device), labels.to(device)
         torch.manual_seed(o.seed)  # weights are drawn on the CPU: the same on every device
         before = None

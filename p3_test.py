@@ -150,20 +150,26 @@ class Reader:
         return torch.cat([extractor(x).cpu() for x in self.see(images)])
 
 
+def read_truth(path: Path, names: set[str]) -> dict[str, int]:
+    """The labels in the list ``path``, by image name. Raises UserError when it has others than ``names``."""
+    truth = dict(read_labels(path))
+    missing = [name for name in truth if name not in names]
+    if missing:
+        where = f"lists {len(missing)} images that are not read: {name_some(missing)}"
+        raise UserError(f"{path}: {where}; give the list that fits")
+    return truth
+
+
 def write_labels(names: list[str], labels: list[int], out: Path) -> None:
     make_folder(out.parent)
     with atomic(out) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         csv.writer(f, lineterminator="\n").writerows([("image_name", "label"), *zip(names, labels, strict=True)])
 
 
-def print_scores(names: list[str], guesses: list[int], truth: dict[str, int], path: Path) -> float:
+def print_scores(names: list[str], guesses: list[int], truth: dict[str, int]) -> float:
     """Print accuracy on the images of the list, accuracy of each class and the confusion matrix; returns the accuracy
-    in percent. Raises UserError when the list names an image that was not classified."""
+    in percent."""
     guessed = dict(zip(names, guesses, strict=True))
-    missing = [name for name in truth if name not in guessed]
-    if missing:
-        where = f"lists {len(missing)} images that were not read: {name_some(missing)}"
-        raise UserError(f"{path}: {where}; give the list that fits")
     matrix = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
     for name, label in truth.items():
         matrix[label, guessed[name]] += 1
@@ -209,6 +215,9 @@ def draw_tsne(reader: Reader, target: str, data: Path, out: Path) -> None:
 
     folders = [data / name for name in ("mnistm", target)]
     source_images, target_images = (load_digits(folder, "val")[:TSNE_IMAGES] for folder in folders)
+    for folder, images in zip(folders, (source_images, target_images), strict=True):
+        if len(images) < 10:
+            raise UserError(f"{folder}: {len(images)} validation images; --tsne needs 10 or more")
     labels = [load_labels(folder, "val")[:TSNE_IMAGES] for folder in folders]
     target_features = reader.features(target_images)  # the weights come with batch statistics of the target
     if reader.options["separate"]:
@@ -231,7 +240,7 @@ def main() -> None:
     device = pick_device(o.device)
     paths, gray = good_images(o.images, o.skip_bad) if o.images else ([], set())
     target = o.target or find_target(o.images, gray)
-    truth = dict(read_labels(o.evaluate)) if o.evaluate else None
+    truth = read_truth(o.evaluate, {path.name for path in paths}) if o.evaluate else None
     weights = o.weights or CHECKPOINTS / f"p3_{target}.safetensors"
     reader = Reader(weights, device)
     if o.tsne and not hasattr(reader.network, "extractor"):
@@ -248,7 +257,7 @@ def main() -> None:
         write_labels(names, guesses, o.out)
         print(f"{o.out}: {len(paths)} images of {target}")
         if truth is not None:
-            accuracy = print_scores(names, guesses, truth, o.evaluate)
+            accuracy = print_scores(names, guesses, truth)
             if o.errors:
                 draw_errors(images, p, names, truth, o.errors)
             if o.record:

@@ -31,10 +31,10 @@ from common.errors import Parser, UserError, run_main
 from common.options import from_zero, positive_float, positive_int, share_of_one, weight
 from common.parallel import mean_of_shares, share
 from common.run import add_common_options, given_options, parse_with_resume
-from common.trainer import Trainer, descend
+from common.trainer import LabelTrainer, Trainer, descend
 from datasets.augment import cutout, digit_input, geometry, negatives, neighbours, soften
-from datasets.digits import CLASSES, HELD_OUT, load_digits, load_labels
-from datasets.images import describe, hold_out
+from datasets.digits import CLASSES, Folds, load_digits, load_folds
+from datasets.images import describe
 from models.dann import (
     NETWORKS,
     Dann,
@@ -197,24 +197,17 @@ class DigitTrainer(Trainer):
         self.ema.update(self.network, self.age)
 
 
-class SupervisedTrainer(DigitTrainer):
+class SupervisedTrainer(LabelTrainer, DigitTrainer):
     """A network trained on the labels of one domain: the report's lower and upper bound."""
 
-    losses = ("loss",)
-    scores = ("error",)
-    selects = "error"
-    panels: ClassVar = {"loss": ("loss",), "error on held-out digits, %": ("error",)}
-
-    def __init__(self, o: argparse.Namespace, images: Tensor, labels: Tensor, device: torch.device):
-        data = o.data / (o.target if o.method == "target" else SOURCE)
-        (images, held_images), (labels, held_labels) = (
-            hold_out(x.to(device), HELD_OUT, data) for x in (images, labels)
+    def __init__(self, o: argparse.Namespace, folds: Folds, device: torch.device):
+        (self.images, self.labels), (self.held_images, self.held_labels) = (
+            [x.to(device) for x in fold] for fold in folds
         )
-        self.images, self.labels, self.held_images, self.held_labels = images, labels, held_images, held_labels
         torch.manual_seed(o.seed)
         self.config = {"dim": o.dim} if o.network == "dann" else {}
         network = NETWORKS[o.network](**self.config)
-        super().__init__(o, network.to(device, memory_format=torch.channels_last), images.cpu(), {})
+        super().__init__(o, network.to(device, memory_format=torch.channels_last), self.images.cpu(), {})
 
     def update(self) -> Tensor:
         random = step_generator(self.device, self.o.seed, self.step)
@@ -225,9 +218,6 @@ class SupervisedTrainer(DigitTrainer):
         loss = F.cross_entropy(logits.float(), share(self.labels[rows]))
         self.descend(loss)
         return loss.detach()[None]
-
-    def describe(self, means: dict[str, float]) -> str:
-        return "loss {loss:.3f}".format(**means)
 
     def prepare(self) -> None:
         batches = self.images[:2000].split(250)
@@ -278,11 +268,9 @@ class AdaptationTrainer(DigitTrainer):
         "shares of predicted target classes": tuple(f"share_{c}" for c in range(CLASSES)),
     }
 
-    def __init__(
-        self, o: argparse.Namespace, images: Tensor, labels: Tensor, target_images: Tensor, device: torch.device
-    ):
-        (self.images, self.held_images), (self.labels, self.held_labels) = (
-            hold_out(x.to(device), HELD_OUT, o.data / SOURCE) for x in (images, labels)
+    def __init__(self, o: argparse.Namespace, source: Folds, target_images: Tensor, device: torch.device):
+        (self.images, self.labels), (self.held_images, self.held_labels) = (
+            [x.to(device) for x in fold] for fold in source
         )
         self.target_images = target_images.to(device)
         torch.manual_seed(o.seed)
@@ -309,7 +297,7 @@ class AdaptationTrainer(DigitTrainer):
 
     @torch.no_grad()
     def predict(self, images: Tensor, both: bool = False) -> Tensor:
-        """``classes`` of any number of images, with the batch statistics of just these."""
+        """``classes`` of any number of images, with the batch statistics of just these, not of their negatives."""
         reestimate_batch_norm(self.average, (self.see(batch) for batch in images.split(250)))
         return torch.cat([self.classes(batch, both) for batch in images.split(250)])
 
@@ -457,14 +445,11 @@ def make_trainer(o: argparse.Namespace) -> DigitTrainer:
     if o.method not in BASELINES and o.network != "dann":
         raise UserError(f"--network {o.network}: a network of the baselines; {o.method} trains the report's own")
     if o.method == "target":
-        return SupervisedTrainer(o, *load(o.data / o.target), device)
+        return SupervisedTrainer(o, load_folds(o.data / o.target), device)
+    source = load_folds(o.data / SOURCE)
     if o.method == "source":
-        return SupervisedTrainer(o, *load(o.data / SOURCE), device)
-    return AdaptationTrainer(o, *load(o.data / SOURCE), load_digits(o.data / o.target, "train"), device)
-
-
-def load(root: Path) -> tuple[Tensor, Tensor]:
-    return load_digits(root, "train"), load_labels(root, "train")
+        return SupervisedTrainer(o, source, device)
+    return AdaptationTrainer(o, source, load_digits(o.data / o.target, "train"), device)
 
 
 def main() -> None:

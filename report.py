@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,10 +155,17 @@ def draw_digits(o: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         call("p2_test.py", "--out", folder, "--weights", tables.weight_file("p2_unet"), *options)
     there = [name for name in titles if (o.out / f"digits_{name}.png").exists()]
+    note_kept(o.out / f"digits_{name}.png" for name in there if name not in drawn)
     text = [f"### {titles[name]}\n\n![{titles[name]}](digits_{name}.png)" for name in there]
     if len(there) < len(titles):
         text.append("The least sure and the nearest digits need data: add --data hw2_data.")
     return "\n\n".join(text)
+
+
+def note_kept(figures: Iterable[Path]) -> None:
+    """Say which figures are shown as they are, since drawing them needs data."""
+    if names := ", ".join(path.name for path in figures):
+        print(f"  kept, not drawn again: {names}; where weights have changed, add --data hw2_data")
 
 
 def build_adaptation(o: argparse.Namespace) -> str:
@@ -175,6 +182,8 @@ def build_adaptation(o: argparse.Namespace) -> str:
         figures = [o.out / f"tsne_{target}_{by}.png" for by in ("class", "domain")]
         if o.data:
             call("p3_test.py", "--tsne", o.out, "--target", target, "--data", o.data / "digits")
+        else:
+            note_kept(path for path in figures if path.exists())
         text += [f"![{name}, t-SNE]({path.name})" for path in figures if path.exists()]
         if not all(path.exists() for path in figures):
             text.append(f"The t-SNE plots of {name} need data: add --data hw2_data.")

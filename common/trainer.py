@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ class Trainer:
 
     A problem's trainer sets the four class attributes and defines the methods that raise NotImplementedError. Its
     ``update`` must draw every random number from ``common.device.step_generator(device, seed, step)``; a resumed
-    run is then the same as one that was never stopped. With several processes (common/parallel.py) it computes this
-    process's share of the batch, and averages gradients.
+    run is then the same as one that was never stopped, where the budget is in steps. With several processes
+    (common/parallel.py) it computes this process's share of the batch, and averages gradients.
     """
 
     losses: tuple[str, ...]  # names of what ``update`` returns
@@ -305,3 +305,15 @@ class Trainer:
                 raise UserError(f"{o.record}: no row written, for want of {self.selects} (see the notes above)")
             record(o.record, training_key(card), card["held_out_scores"], weights, self.device)
         print(f"done: {self.run.folder / 'best.safetensors'}")
+
+
+class LabelTrainer(Trainer):
+    """A trainer of a classifier of digits: its loss is the cross-entropy of labels."""
+
+    losses = ("loss",)
+    scores = ("error",)
+    selects = "error"
+    panels: ClassVar = {"loss": ("loss",), "error on held-out digits, %": ("error",)}
+
+    def describe(self, means: dict[str, float]) -> str:
+        return "loss {loss:.3f}".format(**means)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from datasets.images import load_split, read_index
+from datasets.images import hold_out, load_split, read_index
 
 SIZE = 28
 CLASSES = 10
 HELD_OUT = 2000  # training images (at most) kept for choosing a checkpoint or a sampler
+Folds = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # (images, labels) to train on, and held out
 
 
 def load_digits(root: Path, split: str) -> Tensor:
@@ -28,6 +29,14 @@ def load_digits(root: Path, split: str) -> Tensor:
 def load_labels(root: Path, split: str) -> Tensor:
     """int64 (N,) in 0 ... 9, in the order of the CSV. Raises UserError for a missing column or a wrong label."""
     return torch.tensor([label for _, label in read_labels(Path(root) / f"{split}.csv")])
+
+
+def load_folds(root: Path, at_most: int = HELD_OUT) -> Folds:
+    """((images, labels) to train on, (images, labels) held out) of the split train; see ``hold_out``."""
+    (images, held_images), (labels, held_labels) = (
+        hold_out(x, at_most, root) for x in (load_digits(root, "train"), load_labels(root, "train"))
+    )
+    return (images, labels), (held_images, held_labels)
 
 
 def read_labels(path: Path) -> list[tuple[str, int]]:

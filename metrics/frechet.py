@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from datasets.images import cached, checksum
+from datasets.images import cache_file, cached, checksum
 
 MISSING = (
     "the Inception weights of pytorch-fid are not here and could not be downloaded; connect once, or point "
@@ -43,7 +43,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 class Inception:
     r"""Inception features of images. ``dims``: 64, 192, 768 or 2048; ``name``: what the distance is called.
 
-    With ``dims=None`` it is 2048 where the weights are complete, else 768 (``reason`` says why). Features of the
+    With ``dims=None`` it is 2048 where the weights are complete, else 768 (``note`` says why). Features of the
     smaller sizes ``also`` stand before them: ``sizes`` is (\*also, dims).
     Raises UserError when the weights are not on this machine and cannot be downloaded.
     """
@@ -51,7 +51,7 @@ class Inception:
     def __init__(self, device: torch.device, dims: int | None = None, also: tuple[int, ...] = ()):
         from pytorch_fid.inception import InceptionV3
 
-        self.device, self.reason = device, ""
+        self.device, self.note = device, ""
 
         def build(size: int) -> torch.nn.Module:
             try:
@@ -69,22 +69,10 @@ class Inception:
         if self.dims == 2048 and any(p.isnan().any() for p in net.parameters()):
             if dims is not None:
                 raise UserError("2048-d features need the official Inception weights; those here stop at Mixed_7a")
-            self.dims, self.reason = 768, "the Inception weights on this machine stop before the 2048-d layer"
+            self.dims, self.note = 768, " (the Inception weights on this machine stop before the 2048-d layer)"
             net = build(self.dims)
         self.sizes = (*also, self.dims)
         self.net = fuse_batch_norm(net).to(device, memory_format=torch.channels_last)
-
-    @classmethod
-    def if_there(cls, device: torch.device) -> "Inception | None":
-        """For training, which goes on without: None, and a note, when the weights cannot be had.
-
-        Always of 768 dimensions, so that scores of a run that moves to another machine can be compared.
-        """
-        try:
-            return cls(device, 768)
-        except UserError as error:
-            tqdm.write(f"note: no Fréchet distance in this run, the last weights are taken as the best: {error}")
-            return None
 
     @property
     def name(self) -> str:
@@ -94,10 +82,6 @@ class Inception:
         """Fréchet distances between two sets of ``features``, one for each of ``sizes``, by their names."""
         pairs = zip(x.split(self.sizes, dim=1), y.split(self.sizes, dim=1), strict=True)
         return {distance_name(size): frechet_distance(a, b) for size, (a, b) in zip(self.sizes, pairs, strict=True)}
-
-    def distance(self, images: Tensor, real: Tensor, cache: Path) -> float:
-        """Fréchet distance of generated to real images, uint8 (N, 3, H, W); for ``cache`` see ``reference``."""
-        return frechet_distance(self.features(images, what="Inception, samples"), self.reference(real, cache))
 
     @torch.inference_mode()
     def features(self, images: Tensor, batch_size: int = 50, what: str = "Inception") -> Tensor:
@@ -117,6 +101,27 @@ class Inception:
             return self.features(images, what="Inception, real images (kept)").view(torch.uint8)
 
         return cached(cache, key, compute).view(torch.float32)
+
+
+class HeldOutDistance:
+    """The score "fd" of training: the Fréchet distance to held-out training images, uint8 (N, 3, H, W).
+
+    Always of 768 dimensions, so that scores of a run that moves to another machine can be compared. Where Inception's
+    weights cannot be had it says so, and there is no score: training goes on without.
+    """
+
+    def __init__(self, images: Tensor, device: torch.device, data: Path):
+        self.images, self.cache, self.inception = images, cache_file(data, "held_out_features"), None
+        try:
+            self.inception = Inception(device, 768)
+        except UserError as error:
+            tqdm.write(f"note: no Fréchet distance in this run, the last weights are taken as the best: {error}")
+
+    def __call__(self, samples: Tensor) -> dict[str, float]:
+        if not self.inception:
+            return {}
+        features = self.inception.features(samples, what="Inception, samples")
+        return {"fd": frechet_distance(features, self.inception.reference(self.images, self.cache))}
 
 
 def distance_name(dims: int) -> str:

@@ -52,12 +52,7 @@ def domains(tmp_path_factory) -> Path:
 @pytest.fixture
 def mean_inception(monkeypatch):
     """Fréchet distances of block means instead of Inception features, in every script."""
-    import metrics.frechet
-    import p1_train
-    import p2_train
-
-    for module in (metrics.frechet, p1_train, p2_train):
-        monkeypatch.setattr(module, "Inception", MeanInception)
+    monkeypatch.setattr("metrics.frechet.Inception", MeanInception)
 
 
 @pytest.fixture

@@ -74,22 +74,15 @@ def assert_user_error(outcome: Outcome, *parts: object) -> None:
 class MeanInception:
     """Stands in for Inception: the features of an image are its 16x16-block means, 48 numbers."""
 
-    dims, name, reason = 48, "FD-48", ""
+    dims, name, note = 48, "FD-48", ""
 
     sizes = (48,)
 
     def __init__(self, device: torch.device, dims: int | None = None, also: tuple[int, ...] = ()):
         pass
 
-    @classmethod
-    def if_there(cls, device: torch.device) -> "MeanInception":
-        return cls(device)
-
     def distances(self, x: Tensor, y: Tensor) -> dict[str, float]:
         return {self.name: frechet_distance(x, y)}
-
-    def distance(self, images: Tensor, real: Tensor, cache: Path) -> float:
-        return frechet_distance(self.features(images), self.features(real))
 
     def features(self, images: Tensor, batch_size: int = 50, what: str = "") -> Tensor:
         return torch.nn.functional.avg_pool2d(images.float() / 255, images.shape[-1] // 4).flatten(1)

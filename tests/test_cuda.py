@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses import fake_tensor as fake_tensors
 
+import datasets.digits
 import p1_train
 import p2_test
 import p2_train
@@ -52,7 +53,7 @@ def cuda(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("common.device.gpu_fault", lambda _: "")
     monkeypatch.setattr(fake_tensors.FakeTensorMode, "__deepcopy__", lambda self, _: self, raising=False)
-    for module in (p1_train, p2_train, p3_train, p2_test):
+    for module in (p1_train, p2_train, p3_train, p2_test, datasets.digits):
         for name, value in {
             "step_generator": lambda *_: None,
             "describe": lambda _: "",
@@ -90,8 +91,8 @@ def test_the_imitation_refuses_to_mix_devices(cuda):
 )
 def test_updates_and_pictures_stay_on_the_gpu(cuda, script, make, words):
     trainer = make(script.parse_options([*words.split(), "--device", "cuda", "--no-bf16", "--batch-size", "4"]))
-    for step in (0, trainer.o.steps // 2):  # self-training starts later
-        trainer.step, trainer.progress = step, step / trainer.o.steps
+    for progress in (0, 0.25, 0.75):  # of DANN-ST: without a teacher, with one, and a student that teaches itself
+        trainer.step, trainer.progress = int(progress * trainer.o.steps), progress
         losses = trainer.update()
         assert losses.device == CUDA
         assert losses.shape == (len(trainer.losses),)

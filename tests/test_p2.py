@@ -601,6 +601,9 @@ def test_one_real_digit_is_not_enough(weights, digits, tmp_path, mean_inception)
     shutil.copytree(digits, root)
     (root / "val.csv").write_text("".join((root / "val.csv").read_text().splitlines(keepends=True)[:2]))
     assert_user_error(generate(weights, tmp_path / "out", "--evaluate", root), root, "at least 2")
+    shutil.copy(digits / "val.csv", root)
+    (root / "train.csv").write_text("".join((root / "train.csv").read_text().splitlines(keepends=True)[:7]))
+    assert_user_error(generate(weights, tmp_path / "out", "--evaluate", root), root, "6 training digits")
     assert not (tmp_path / "out").exists()
 
 
@@ -636,7 +639,8 @@ def test_a_sampler_can_be_chosen_without_validation_digits(weights, digits, tmp_
         (("--autoguide", -1), "--autoguide -1"),
         (("--autoguide", "nan"), "--autoguide nan"),
         (("--autoguide", 1, "--autoguide-t", 9, 0), "--autoguide-t 9 0"),
-        (("--autoguide-by", "x"), "--autoguide-by x"),
+        (("--autoguide-by", "x"), "--autoguide-by: for autoguidance"),
+        (("--autoguide-t", 1, 9), "--autoguide-t: for autoguidance"),
         (("--mean", 0, 0, 256), "--mean 0.0 0.0 256.0"),
         (("--sampler", "ddpm"), "--steps 2"),
         (("--sampler", "ddpm", "--steps", 600, "--power", 2), "--power 2"),

@@ -169,8 +169,9 @@ def test_scores(tmp_path, capsys):
     assert "accuracy 100.000 % of 1 images" in capsys.readouterr().out
     assert len(rows(tmp_path / "o.csv")) == 5
     write_index(truth, [("00000.png", 3), ("other.png", 1)])
-    outcome = classify(tmp_path / "svhn", tmp_path / "o.csv", "--evaluate", truth)
+    outcome = classify(tmp_path / "svhn", tmp_path / "new.csv", "--evaluate", truth)
     assert_user_error(outcome, truth, "1 images", "other.png")
+    assert not (tmp_path / "new.csv").exists()
 
 
 def test_sheet_of_errors(tmp_path, monkeypatch, capsys):
@@ -205,6 +206,9 @@ def test_plots(tmp_path, capsys):
     for name in ("class", "domain"):
         with Image.open(tmp_path / "figures" / f"tsne_usps_{name}.png") as image:
             assert image.size[0] > 500
+    lines = (tmp_path / "mnistm" / "val.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "mnistm" / "val.csv").write_text("".join(lines[:10]))
+    assert_user_error(run(p3_test.main, *options), tmp_path / "mnistm", "9 validation images")
 
 
 def test_what_the_plots_show(tmp_path, monkeypatch):

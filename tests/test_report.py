@@ -247,7 +247,7 @@ def test_a_training_is_the_sum_of_its_runs():
     assert tables.training(card) == "1,010 steps of 16, 8 min on a slide rule and an abacus"
 
 
-def test_missing_numbers_are_measured_where_there_is_data(study, calls):
+def test_missing_numbers_are_measured_where_there_is_data(study, calls, capsys):
     for name in ("face", "digits/mnistm", "digits/svhn", "digits/usps"):
         (study / "data" / name).mkdir(parents=True)
     assert build(study, "--data", study / "data", "--only", "faces").code == 0
@@ -269,7 +269,9 @@ def test_missing_numbers_are_measured_where_there_is_data(study, calls):
     assert ["--record" in c for c in calls[11:]] == [True, True, True, False]
     assert {"--unsure", "--neighbours", "--evaluate", "--grid", "--trajectory"} < set(calls[14])
     (study / "report" / ".parts.json").unlink()  # as in a fresh clone: the figures that need data stay
+    capsys.readouterr()
     assert build(study, "--only", "pictures").code == 0
+    assert "kept, not drawn again: digits_unsure.png, digits_neighbours.png; " in capsys.readouterr().out
     text = (study / "report" / "README.md").read_text()
     assert "(digits_unsure.png)" in text
     assert "need data" not in text
