@@ -306,7 +306,7 @@ class Judge:
         if min(len(self.real), len(self.floor)) < 2:
             raise UserError(f"{root}: a Fréchet distance needs at least 2 {self.what} and 2 others")
         if len(self.train) < NEIGHBOURS:
-            raise UserError(f"{root}: {len(self.train)} training digits; the {NEIGHBOURS} nearest are looked for")
+            raise UserError(f"{root}: {len(self.train)} training digits; at least {NEIGHBOURS} are needed")
         self.inception = Inception(device, dims, also=(64, 192))
         name = f"inception{'_'.join(map(str, self.inception.sizes))}"
         self.real_features = self.inception.reference(self.real, cache_file(root, f"{name}_{self.scored}"))
