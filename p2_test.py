@@ -30,6 +30,7 @@ from common.files import check_apart, check_file, check_writable
 from common.options import add_device_option, add_dims_option, from_zero, positive_int, seed
 from common.pictures import plot_images, save_images, save_png, sheet, to_uint8
 from common.results import add_record_option, check_record, record, weights_id, weights_name
+from common.run import given_options
 from datasets.augment import normalise, resize
 from datasets.digits import CLASSES, SIZE
 from models.diffusion import Predict, Process, Watch, autoguided, ddim, ddpm, dpm_solver_pp, guided, timesteps
@@ -109,7 +110,6 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     defaults = USUAL | ({"steps": T} if o.sampler == "ddpm" else {}) if o.sampler else FAST
     if o.weights.resolve() != WEIGHTS:
         defaults = defaults | {"autoguide": 0.0}
-    of_autoguidance = {name: getattr(o, name) for name in ("autoguide_by", "autoguide_t") if getattr(o, name)}
     for name, value in defaults.items():
         if getattr(o, name) is None:
             setattr(o, name, value)
@@ -133,9 +133,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--mean {' '.join(map(str, o.mean))}: give red, green and blue, each from 0 to 255")
     if not 0 <= o.autoguide <= 100:
         raise UserError(f"--autoguide {o.autoguide}: from 0 (none) to 100; 0 to 1 make sense")
-    if of_autoguidance and not o.autoguide:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in of_autoguidance)
-        raise UserError(f"{names}: for autoguidance, which is off; add --autoguide 0.2")
+    if o.autoguide_by and not o.autoguide:
+        raise UserError(f"--autoguide-by {o.autoguide_by}: is not used; add --autoguide 0.2")
+    if "autoguide_t" in given_options(parser, argv) and not o.autoguide:
+        raise UserError(f"--autoguide-t {' '.join(map(str, o.autoguide_t))}: is not used; add --autoguide 0.2")
     o.autoguide_by = o.autoguide_by or WORSE
     for name in ("guide", "autoguide_t"):
         low, high = interval = tuple(getattr(o, name) or (1, T))

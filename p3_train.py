@@ -149,14 +149,20 @@ def recipe(o: argparse.Namespace) -> dict[str, object]:
 
 
 class DigitTrainer(Trainer):
-    """What the methods share: the network, its average, its view of images, its optimiser."""
+    """What the methods share: labelled digits, the network, its average, its view of images, its optimiser."""
 
-    def __init__(self, o: argparse.Namespace, network: nn.Module, images: Tensor, extra: dict[str, nn.Module]):
+    def __init__(
+        self, o: argparse.Namespace, folds: Folds, network: nn.Module, images: Tensor, extra: dict[str, nn.Module]
+    ):
+        """``images``: those that the key of the data is of."""
+        device = next(network.parameters()).device
+        (self.images, self.labels), (self.held_images, self.held_labels) = (
+            [x.to(device) for x in fold] for fold in folds
+        )
         self.network, self.ema = network, EMA(network, o.ema)
         trained = [p for part in (network, *extra.values()) for p in part.parameters()]
         self.optimiser = torch.optim.AdamW(trained, o.lr, weight_decay=o.weight_decay, fused=True)
         parts = {"network": network, "average": self.average, "optimiser": self.optimiser, **extra}
-        device = next(network.parameters()).device
         super().__init__(f"p3_{o.method}_{o.target}", o, device, describe(images), parts)
 
     @property
@@ -201,13 +207,10 @@ class SupervisedTrainer(LabelTrainer, DigitTrainer):
     """A network trained on the labels of one domain: the report's lower and upper bound."""
 
     def __init__(self, o: argparse.Namespace, folds: Folds, device: torch.device):
-        (self.images, self.labels), (self.held_images, self.held_labels) = (
-            [x.to(device) for x in fold] for fold in folds
-        )
         torch.manual_seed(o.seed)
         self.config = {"dim": o.dim} if o.network == "dann" else {}
         network = NETWORKS[o.network](**self.config)
-        super().__init__(o, network.to(device, memory_format=torch.channels_last), self.images.cpu(), {})
+        super().__init__(o, folds, network.to(device, memory_format=torch.channels_last), folds[0][0], {})
 
     def update(self) -> Tensor:
         random = step_generator(self.device, self.o.seed, self.step)
@@ -269,16 +272,13 @@ class AdaptationTrainer(DigitTrainer):
     }
 
     def __init__(self, o: argparse.Namespace, source: Folds, target_images: Tensor, device: torch.device):
-        (self.images, self.labels), (self.held_images, self.held_labels) = (
-            [x.to(device) for x in fold] for fold in source
-        )
         self.target_images = target_images.to(device)
         torch.manual_seed(o.seed)
         network = Dann(o.dim).to(device, memory_format=torch.channels_last)
         self.domain = DomainClassifier().to(device)
         self.generation = Generation(len(target_images), device)
         extra = {"domain": self.domain, "generation": self.generation}
-        super().__init__(o, network, torch.cat([self.images[:500].cpu(), target_images]), extra)
+        super().__init__(o, source, network, torch.cat([source[0][0][:500], target_images]), extra)
 
     @property
     def life(self) -> float:

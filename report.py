@@ -182,10 +182,11 @@ def build_adaptation(o: argparse.Namespace) -> str:
         figures = [o.out / f"tsne_{target}_{by}.png" for by in ("class", "domain")]
         if o.data:
             call("p3_test.py", "--tsne", o.out, "--target", target, "--data", o.data / "digits")
-        else:
-            note_kept(path for path in figures if path.exists())
-        text += [f"![{name}, t-SNE]({path.name})" for path in figures if path.exists()]
-        if not all(path.exists() for path in figures):
+        there = [path for path in figures if path.exists()]
+        if not o.data:
+            note_kept(there)
+        text += [f"![{name}, t-SNE]({path.name})" for path in there]
+        if len(there) < len(figures):
             text.append(f"The t-SNE plots of {name} need data: add --data hw2_data.")
         title = f"DANN-ST, MNIST-M to {name}, training"
         text += curves(o, f"p3_{target}", target, p3_train.AdaptationTrainer.panels, title)
