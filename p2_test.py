@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,7 +34,18 @@ from common.results import add_record_option, check_record, record, weights_id, 
 from common.run import given_options
 from datasets.augment import normalise, resize
 from datasets.digits import CLASSES, SIZE
-from models.diffusion import Predict, Process, Watch, autoguided, ddim, ddpm, dpm_solver_pp, guided, timesteps
+from models.diffusion import (
+    Predict,
+    Process,
+    Watch,
+    autoguided,
+    calibrated,
+    ddim,
+    ddpm,
+    dpm_solver_pp,
+    guided,
+    timesteps,
+)
 from models.unet import UNet_conditional
 
 WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p2_unet.safetensors"
@@ -51,12 +63,13 @@ FAST = {
     "guide": (190, 500),
     "rescale": 0.42,
     "mean": (118.1, 119.1, 107.4),  # of MNIST-M's training digits; gives way to what the card of the weights says
+    "calibrate": True,  # where the card of the weights has mean errors
     "autoguide": 0.2,  # with the shipped weights alone: others have no worse network of their kind here
     "autoguide_t": (20, 189),
 }
 CHOSEN_WITH = "be0eb9633c1e"  # SHA-256 of these weights, with which most was tried; the report shows what
 # what is taken with --sampler
-USUAL = {"steps": 20, "power": 1.0, "eta": 0.0, "w": 2.0, "rescale": 0.0, "autoguide": 0.0}
+USUAL = {"steps": 20, "power": 1.0, "eta": 0.0, "w": 2.0, "rescale": 0.0, "calibrate": False, "autoguide": 0.0}
 UNSURE = 20  # digits in the sheet of those that the classifier is least sure of
 NEIGHBOURS = 7  # nearest training digits that are shown
 FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's figure
@@ -91,6 +104,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--autoguide-by", type=Path, metavar="FILE", help=f"default: checkpoints/{WORSE.name}")
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean colour (0 to 255) of x_T")
+    what = "take off the mean errors of predictions that the card of the weights tells (with --sampler: not)"
+    parser.add_argument("--calibrate", action=argparse.BooleanOptionalAction, help=what)
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
     parser.add_argument("--trajectory", type=Path, metavar="FILE", help="draw the reverse process of the first image")
@@ -192,6 +207,8 @@ def predictor(
 ) -> Predict:
     """The noise that ``o``'s guidance predicts for images of the labels y (N,)."""
     predict = guided(network, process, y, o.w, o.guide, o.rescale)
+    if o.errors is not None:
+        predict = calibrated(predict, process, o.errors)
     if worse is None:
         return predict
     return autoguided(predict, guided(worse, process, y, w=0), o.autoguide, o.autoguide_t)
@@ -201,6 +218,16 @@ def one_colour(mean: Sequence[float] | None, device: torch.device) -> Tensor | N
     """The image (3, 1, 1) of --mean's colour, which x_T is the noise of. In training x_T still has a twentieth of its
     image, and the network takes the colour of the whole image from it."""
     return (torch.tensor(mean, device=device) / 127.5 - 1).view(3, 1, 1) if mean else None
+
+
+def error_table(errors: dict[str, Sequence[float]], T: int) -> Tensor:
+    """A card's mean errors, t: (red, green, blue) in gray levels -> (T + 1, 3) in units of x_0, for
+    ``models.diffusion.calibrated``: between those t, and to 0 at t = 0, along straight lines."""
+    known = {0: (0.0, 0.0, 0.0)} | {int(t): error for t, error in errors.items()}
+    levels = sorted(known)
+    columns = zip(*(known[t] for t in levels), strict=True)
+    table = [np.interp(np.arange(T + 1), levels, column) for column in columns]
+    return torch.from_numpy(np.stack(table, axis=1)).float() / 127.5
 
 
 def image_generator(seed: int, digit: int, number: int) -> torch.Generator:
@@ -221,10 +248,10 @@ def generate(
 ) -> Tensor:
     """Images 1 ... ``per_digit`` of each digit, uint8 (len(digits) * per_digit, 3, 28, 28) on the CPU, by digit.
 
-    ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, eta, w, guide, rescale, mean, seed and
-    bf16. With ``worse``, a network like it for autoguidance, it has autoguide and autoguide_t; with ``real``, images
-    like those returned, ``from_real``, the t that they are noised to and sampled from. Every forward pass has exactly
-    SLICE images.
+    ``network`` is in eval mode on ``device``; ``o`` has sampler, steps, power, eta, w, guide, rescale, mean, errors
+    (as of ``error_table``, on ``device``, or None), seed and bf16. With ``worse``, a network like it for autoguidance,
+    it has autoguide and autoguide_t; with ``real``, images like those returned, ``from_real``, the t that they are
+    noised to and sampled from. Every forward pass has exactly SLICE images.
     """
     wanted = [(digit, number) for digit in digits for number in range(1, per_digit + 1)]
     images = []
@@ -402,6 +429,9 @@ def main() -> None:
     network, card = load_network(o.weights, {"unet": UNet_conditional})
     if o.mean is FAST["mean"]:  # no other was asked for
         o.mean = tuple(card.get("mean", o.mean))
+    o.errors = None
+    if o.calibrate and "mean_errors" in card:
+        o.errors = error_table(card["mean_errors"], Process().T).to(device)
     network = network.to(device, memory_format=torch.channels_last)
     worse = load_worse(o.autoguide_by, network.size, device) if o.autoguide else None
     digits = [int(d) for d in o.digits]
@@ -429,8 +459,10 @@ def main() -> None:
         scores = judge([o.out / name for name in names], labels, o.neighbours, o.unsure)
         if o.record:
             settings = [name for name in FAST if o.autoguide or not name.startswith("autoguide")]
+            settings.remove("calibrate")
             key = {"weights": weights_name(o.weights), "scored": judge.scored}
             key |= {name: getattr(o, name) for name in (*settings, "digits", "per_digit", "seed")}
+            key |= {"calibrate": True} if o.errors is not None else {}
             key |= {"autoguide_by": weights_id(o.autoguide_by)} if o.autoguide else {}
             key |= {"from_real": o.from_real} if o.from_real is not None else {}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)

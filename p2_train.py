@@ -33,7 +33,7 @@ from common.device import autocast, device_and_format, step_generator
 from common.ema import EMA
 from common.errors import Parser, UserError, run_main
 from common.muon import Muon
-from common.options import positive_float, positive_int, share_of_one, weight
+from common.options import from_zero, positive_float, positive_int, share_of_one, weight
 from common.parallel import is_first, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
@@ -44,7 +44,7 @@ from datasets.images import describe
 from metrics.classify import accuracy, load_classifier
 from metrics.colour import COLOURS, colour_statistics
 from metrics.frechet import HeldOutDistance
-from models.diffusion import Process, snr_weight, training_loss
+from models.diffusion import Process, mean_error, snr_weight, training_loss
 from models.unet import UNet_conditional
 from p2_test import generate
 
@@ -73,10 +73,12 @@ RECIPES = {
     },
 }
 OPTIMISERS = ("adamw", "muon")
+CALIBRATED = range(50, 601, 50)  # t at which mean errors are measured
+PASS = 100  # images per forward pass then
 LOW_NOISE = 250  # the highest t of --low-noise; below, textures are made
 # Samples during training; their seed is none that generated digits are reported for.
 EVAL = argparse.Namespace(
-    sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), rescale=0.0, mean=None, seed=-2
+    sampler="dpm++", steps=10, power=1.0, eta=0.0, w=2.0, guide=(1, 600), rescale=0.0, mean=None, errors=None, seed=-2
 )
 
 
@@ -105,6 +107,8 @@ def build_parser() -> Parser:
         "--drop-per", choices=("sample", "batch"), help="* drop labels one by one, or a batch's at once"
     )
     parser.add_argument("--anneal", action=boolean, help="* the learning rate falls to 0 over the second half")
+    what = "training digits by which mean errors of predictions are measured, for p2_test.py; 0: not measured"
+    parser.add_argument("--calibrate", type=from_zero, default=1000, help=what)
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from these weights, not from random ones")
     parser.add_argument("--dim", type=positive_int, default=64, help="width of the network; the report has 64")
     add_sample_options(parser)
@@ -195,7 +199,7 @@ class DiffusionTrainer(Trainer):
         o, device = self.o, self.device
         random = step_generator(device, o.seed, self.step)
         rows = torch.randint(len(self.images), (o.batch_size,), generator=random, device=device)
-        x_0 = resize(normalise(self.images[rows]), o.size, antialias=True).contiguous(memory_format=torch.channels_last)
+        x_0 = self.images_at(rows)
         t = self.draw_steps(random)
         eps = torch.randn(x_0.shape, generator=random, device=device)
         draws = torch.rand(o.batch_size if o.drop_per == "sample" else 1, generator=random, device=device)
@@ -205,6 +209,11 @@ class DiffusionTrainer(Trainer):
         descend(loss, self.optimiser, o.lr * self.factor)
         self.ema.update(self.network, self.step)
         return loss.detach()[None]
+
+    def images_at(self, rows: Tensor) -> Tensor:
+        """Training digits as the network takes them, (len(rows), 3, size, size) in [-1, 1]."""
+        x_0 = resize(normalise(self.images[rows]), self.o.size, antialias=True)
+        return x_0.contiguous(memory_format=torch.channels_last)
 
     def draw_steps(self, random: torch.Generator) -> Tensor:
         """How far the images of a batch are noised, t (batch size,) in 1 ... T: uniform, or more often low."""
@@ -232,8 +241,28 @@ class DiffusionTrainer(Trainer):
         return self.judge(self.samples(per_digit), torch.arange(CLASSES).repeat_interleave(per_digit))
 
     @cached_property
-    def facts(self) -> dict:
-        return {"mean": [round(c, 1) for c in colour_statistics(self.images)[:3].tolist()]}  # for p2_test.py --mean
+    def mean_colour(self) -> list[float]:
+        return [round(c, 1) for c in colour_statistics(self.images)[:3].tolist()]
+
+    def prepare(self) -> None:
+        errors = {"mean_errors": self.mean_errors()} if self.o.calibrate else {}
+        self.facts = {"mean": self.mean_colour} | errors  # for p2_test.py --mean and --calibrate
+
+    @torch.inference_mode()
+    def mean_errors(self) -> dict[int, list[float]]:
+        """t: by how many gray levels red, green and blue of the average's predictions are too bright."""
+        random = step_generator(self.device, self.o.seed, -2)
+        rows = torch.randperm(len(self.images), generator=random, device=self.device)[: self.o.calibrate]
+        errors = {}
+        for t in CALIBRATED:
+            total = torch.zeros(3, device=self.device)
+            for part in rows.split(PASS):
+                x_0 = self.images_at(part)
+                eps = torch.randn(x_0.shape, generator=random, device=self.device)
+                with autocast(self.device, self.o.bf16):
+                    total += len(part) * mean_error(self.average, self.process, x_0, self.labels[part], t, eps)
+            errors[t] = [round(127.5 * c, 2) for c in (total / len(rows)).tolist()]
+        return errors
 
     def weights(self) -> tuple[str, dict, dict[str, Tensor]]:
         return "unet", {name: getattr(self.o, name) for name in ("dim", "predicts", "size")}, self.average.state_dict()

@@ -126,8 +126,9 @@ def by_default(file: str, **key: object) -> list[dict]:
     weights = weight_file("p2_unet")
     if not weights.exists():
         return []
-    mean = load_weights(weights)[1].get("mean", p2_test.FAST["mean"])
-    now = p2_test.FAST | {"mean": mean, "autoguide_by": shipped_id("p2_guide"), "keeps": None}
+    card = load_weights(weights)[1]
+    now = p2_test.FAST | {"mean": card.get("mean", p2_test.FAST["mean"]), "autoguide_by": shipped_id("p2_guide")}
+    now |= {"calibrate": True if "mean_errors" in card else None, "keeps": None}
     return rows_of(RESULTS / file, weights, **now, **key)
 
 
@@ -186,10 +187,12 @@ def samplers_table() -> str:
             calls += f" + {sum(first <= t <= last for t in taken)}"
             autoguided = f"{key['autoguide']:g}, {first} to {last}"
         cells = [row["weights"][:8], name, key["steps"], key["power"], f"{key['w']:g}", guided]
-        cells += [f"{key['rescale']:g}{'*' if key.get('keeps') == 'mean' else ''}", autoguided, start, count]
+        cells += [f"{key['rescale']:g}{'*' if key.get('keeps') == 'mean' else ''}", autoguided]
+        cells += ["yes" if key.get("calibrate") else "", start, count]
         cost = f"{1000 * scores['seconds'] / count:.0f}" if "seconds" in scores else ""
         lines.append([*map(str, cells), f"{scores['accuracy']:.1f}", *found, colour, calls, cost, row["hardware"]])
-    settings = ["weights", "sampler", "steps", "power", "w", "guided t", "rescale", "autoguide, t", "start", "images"]
+    settings = ["weights", "sampler", "steps", "power", "w", "guided t", "rescale", "autoguide, t"]
+    settings += ["calibrated", "start", "images"]
     header = [*settings, "accuracy, %", *distances(rows[0]), "colour off, %", "calls", "ms an image", "on"]
     return table(header, lines)
 

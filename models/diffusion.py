@@ -1,4 +1,4 @@
-"""Denoising diffusion: the process, the training loss, three samplers and two kinds of guidance.
+"""Denoising diffusion: the process, the training loss, three samplers, two kinds of guidance and calibration.
 
 Notation of Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM, arXiv:2006.11239): steps t = 1 ... T,
 x_0 an image in [-1, 1], x_T nearly N(0, I), alpha_bar_t the share of the image's variance left at t, alpha_bar_0 = 1.
@@ -162,6 +162,28 @@ def autoguided(predict: Predict, worse: Predict, w: float, interval: tuple[float
         if w == 0 or not interval[0] <= t <= interval[1]:
             return eps
         return (1 + w) * eps - w * worse(x, t)
+
+    return predicted
+
+
+def mean_error(network: nn.Module, process: Process, x_0: Tensor, y: Tensor, t: int, eps: Tensor) -> Tensor:
+    """By how much the images predicted at t are too bright on average: the mean over images and pixels (C,), in units
+    of x_0, of the predicted minus the real one. x_0, eps (N, C, H, W); y (N,) labels. See ``calibrated``."""
+    steps = torch.full_like(y, t)
+    x_t = process.q_sample(x_0, steps, eps)
+    return (process.to_x_0(x_t, t, predict_eps(network, process, x_t, steps, y), clamp=False) - x_0).mean((0, 2, 3))
+
+
+def calibrated(predict: Predict, process: Process, errors: Tensor) -> Predict:
+    """``predict`` without its mean errors (T + 1, C), those of ``mean_error`` at each t, as a noise predictor.
+
+    Pang et al. 2023, "On Calibrating Diffusion Probabilistic Models" (arXiv:2302.10688): over the data, the noise that
+    the best predictor finds is 0 on average at every t, and so the average that a trained one finds is taken off. Here
+    it is one number for each channel: the brightness of the image that the noise implies.
+    """
+
+    def predicted(x: Tensor, t: int) -> Tensor:
+        return predict(x, t) + process.signal(t) / process.sigma(t) * errors[t].view(-1, 1, 1)
 
     return predicted
 

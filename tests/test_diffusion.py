@@ -9,11 +9,13 @@ import torch
 from models.diffusion import (
     Process,
     autoguided,
+    calibrated,
     ddim,
     ddpm,
     dpm_solver_pp,
     guided,
     log_snr,
+    mean_error,
     predict_eps,
     snr_weight,
     timesteps,
@@ -290,6 +292,23 @@ def test_autoguidance_takes_back_errors_of_one_kind():
     assert torch.equal(autoguided(predict, worse, 0)(x, 15), truth + error)
     assert torch.allclose(autoguided(predict, worse, 1)(x, 600), truth - error, atol=1e-6)
     assert asked == [10, 20, 600]
+
+
+def test_calibration_takes_back_the_mean_error():
+    """Of a network whose images are too bright by another amount in each channel; what errs both ways stays."""
+    x_0, eps, t = normal(4, 3, 8, 8).float(), normal(4, 3, 8, 8, seed=1).float(), 300
+    too_bright, pattern = torch.tensor([0.1, -0.2, 0.3]).view(3, 1, 1), 0.5 * torch.tensor([1.0, -1.0]).repeat(4)
+    x_t, y = PROCESS.q_sample(x_0, torch.full((4,), t), eps), torch.zeros(4, dtype=torch.int64)
+
+    def network(x, t, y):
+        return PROCESS.to_eps(x, int(t[0]), x_0 + too_bright + pattern)
+
+    errors = torch.zeros(601, 3)
+    errors[t] = mean_error(Network(network), PROCESS, x_0, y, t, eps)
+    assert torch.allclose(errors[t], too_bright.flatten(), atol=1e-5)
+    ours = calibrated(guided(Network(network), PROCESS, y, w=0), PROCESS, errors)
+    assert torch.allclose(PROCESS.to_x_0(x_t, t, ours(x_t, t), clamp=False), x_0 + pattern, atol=1e-5)
+    assert torch.equal(ours(x_t, 299), network(x_t, torch.tensor([299]), y))
 
 
 def test_rescaled_guidance_keeps_median_and_contrast():

@@ -182,6 +182,24 @@ def test_low_noise_is_trained_more_often(digits, tmp_path, monkeypatch, low_nois
         assert (t <= below).float().mean().item() == pytest.approx(share, abs=0.02)  # 4 standard deviations
 
 
+@pytest.mark.parametrize("size", [28, 32])
+def test_mean_errors_are_measured(digits, tmp_path, mean_inception, monkeypatch, size):
+    """A network whose velocity is 0 predicts sqrt(alpha_bar) x_t: alpha_bar of an image, and noise that is 0 on
+    average. The card tells by how many gray levels that is off."""
+    monkeypatch.setattr(UNet_conditional, "forward", lambda self, x, *_: 0 * x + 0 * self.outc.bias.sum())
+    monkeypatch.setattr(p2_train, "PASS", 10)
+    options = ("--steps", 1, "--eval-images", 0, "--size", size)
+    for calibrate in (54, 0):
+        assert train(digits, tmp_path / str(calibrate), *options, "--calibrate", calibrate).code == 0
+    _, card = load_weights(tmp_path / "54" / "p2_000" / "last.safetensors")
+    mean = load_digits(digits, "train")[:54].float().mean((0, 2, 3)) - 127.5
+    assert list(card["mean_errors"]) == [str(t) for t in range(50, 601, 50)]
+    for t, errors in card["mean_errors"].items():
+        share = Process().alpha_bar[int(t)].item()
+        assert errors == pytest.approx(((share - 1) * mean).tolist(), abs=1.5)  # a standard error of 0.3
+    assert "mean_errors" not in load_weights(tmp_path / "0" / "p2_000" / "last.safetensors")[1]
+
+
 def test_resized_digits(digits, tmp_path, mean_inception, monkeypatch, learnt):
     """With --size 32 the network learns, and samples, images of 32x32; what is saved and scored has 28x28."""
     assert train(digits, tmp_path, "--steps", 1, "--batch-size", 2, "--size", 32).code == 0
@@ -380,7 +398,8 @@ def test_settings_without_and_with_a_sampler():
     assert settings() == p2_test.FAST
     assert settings("--w", "1") == p2_test.FAST | {"w": 1}
     usual = {"sampler": "dpm++", "steps": 20, "power": 1, "eta": 0, "w": 2}
-    usual |= {"guide": (1, 600), "rescale": 0, "mean": None, "autoguide": 0, "autoguide_t": (1, 600)}
+    usual |= {"guide": (1, 600), "rescale": 0, "mean": None, "calibrate": False}
+    usual |= {"autoguide": 0, "autoguide_t": (1, 600)}
     assert settings("--sampler", "dpm++") == usual
     assert settings("--sampler", "ddpm") == usual | {"sampler": "ddpm", "steps": 600}
     assert settings("--weights", "other") == p2_test.FAST | {"autoguide": 0}
@@ -405,6 +424,45 @@ def test_the_default_sampler_starts_from_the_mean_colour_that_the_card_tells(tmp
             assert run(p2_test.main, *common, "--digits", 1, "--per-digit", 1, *options).code == 0
     mnistm = [118.1, 119.1, 107.4]
     assert means == [[1, 2, 3], mnistm, None, mnistm, mnistm, None]
+
+
+def test_mean_errors_in_the_card_are_taken_off(digits, tmp_path, mean_inception):
+    """After one step an image is the prediction at t = 600: as much darker as the card says that it is too bright."""
+    torch.manual_seed(3)
+    network = UNet_conditional(dim=4, predicts="velocity")
+    network.outc.weight.data.zero_()  # all but gray, and nothing is clamped
+    network.outc.bias.data.zero_()
+    card = {"model": "unet", "config": {"dim": 4, "predicts": "velocity"}}
+    save_weights(tmp_path / "own.safetensors", network.state_dict(), card | {"mean_errors": {"600": [20.0, -30.0, 5]}})
+    save_weights(tmp_path / "older.safetensors", network.state_dict(), card)
+    made, record = {}, tmp_path / "digits.json"
+    common = ("--per-digit", 1, "--steps", 1, "--w", 0, "--evaluate", digits, "--record", record)
+    for name, *options in (
+        ("older",),
+        ("own",),
+        ("own", "--no-calibrate"),
+        ("own", "--sampler", "ddim"),
+        ("own", "--sampler", "ddim", "--calibrate"),
+    ):
+        out = tmp_path / "-".join((name, *options))
+        assert (
+            run(p2_test.main, "--weights", tmp_path / f"{name}.safetensors", "--out", out, *common, *options).code == 0
+        )
+        made[out.name] = decode_files(sorted(out.iterdir()), 28).float().mean((0, 2, 3))
+    wanted = pytest.approx([-20, 30, -5], abs=0.1)
+    assert (made["own"] - made["older"]).tolist() == wanted
+    assert (made["own---sampler-ddim---calibrate"] - made["own---sampler-ddim"]).tolist() == wanted
+    assert torch.equal(made["own---no-calibrate"], made["older"])
+    told = [row["key"].get("calibrate") for row in read_results(record)]
+    assert sorted(map(str, told)) == ["None"] * 3 + ["True"] * 2
+
+
+def test_mean_errors_between_the_levels_of_the_card():
+    table = p2_test.error_table({"100": [12.75, 0, 0], "600": [-25.5, 0, 127.5]}, T=600)
+    assert table.shape == (601, 3)
+    assert table[[0, 50, 100, 350, 600]].tolist() == [
+        pytest.approx(row) for row in ([0, 0, 0], [0.05, 0, 0], [0.1, 0, 0], [-0.05, 0, 0.5], [-0.2, 0, 1])
+    ]
 
 
 def test_settings_reach_the_sampler(weights, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def study(tmp_path, monkeypatch):
         config = {"z_dim": 3, "dim": 2}
         card = {"model": name, "config": config} | common
         save_weights(checkpoints / f"p1_{name}.safetensors", dcgan.Generator(**config).state_dict(), card)
-    card = {"model": "unet", "config": {"dim": 4}, "mean": MEAN} | common
+    card = {"model": "unet", "config": {"dim": 4}, "mean": MEAN, "mean_errors": {"600": [1, 2, 3]}} | common
     for name in ("p2_unet", "p2_guide"):
         save_weights(checkpoints / f"{name}.safetensors", UNet_conditional(dim=4).state_dict(), card)
     monkeypatch.setattr(p2_test, "WEIGHTS", checkpoints / "p2_unet.safetensors")
@@ -63,14 +63,17 @@ def study(tmp_path, monkeypatch):
     digits = scores | {f"digit_{d}": 90.0 + d for d in range(10)}
     guided = DIGITS | {"autoguide_by": weights_id(checkpoints / "p2_guide.safetensors")}
     plain = {name: value for name, value in DIGITS.items() if not name.startswith("autoguide")}
-    stale = guided | {"keeps": "mean"}, guided | {"autoguide_by": "another"}, plain
+    biased = {name: value for name, value in guided.items() if name != "calibrate"}
+    stale = guided | {"keeps": "mean"}, guided | {"autoguide_by": "another"}, plain, biased
     older = [(key | {"per_digit": 100, "seed": 0}, digits | {"FD-768": 0.9}, unet) for key in stale]
     rows("digits.json", *((guided | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)), *older)
     slow = plain | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
     slow |= {"guide": [100, 400], "power": 1.0, "rescale": 0.0, "mean": None, "scored": "held-out"}
+    del slow["calibrate"]
     others = (slow | {"w": 1}, scores, "other"), (slow | {"w": 3, "from_real": 9}, scores, unet)
     others += ((slow | {"w": -1, "rescale": 0.5, "keeps": "mean"}, scores, p2_test.CHOSEN_WITH),)
     others += ((slow | {"w": 4, "autoguide": 1.5, "autoguide_t": [1, 100], "autoguide_by": "g"}, scores, unet),)
+    others += ((slow | {"w": 5, "calibrate": True}, scores, unet),)
     rows("samplers.json", (slow, scores, unet), (slow | {"w": 0}, scores, unet), *others)
 
     starts = [guided | {"per_digit": 20, "seed": 0, "scored": "held-out"} | x for x in ({}, {"from_real": 0})]
@@ -132,13 +135,14 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert faces[2] == "| training data (the floor) | 1 | 0.076 | 94.1 % |  |"
     assert "| SNGAN | 5 | 0.520 ± 0.016 | 97.0 ± 1.6 % | FID 25.66, faces 92.2 % |" in faces
     samplers = tables.samplers_table().splitlines()
-    settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 |  | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
+    settings, scores = "dpm++ | 50 | 1.0 | 2 | 100 to 400 | 0 |  |  | 0 | 200", "98.7 | 0.100 | 0.400 | 1.5 / 1.5"
     shipped = weights_id(study / "checkpoints" / "p2_unet.safetensors")[:8]
     assert samplers[3] == f"| {shipped} | {settings} | {scores} | 75 | 1000 | an abacus |"
-    autoguided = settings.replace("| 2 |", "| 4 |").replace("|  |", "| 1.5, 1 to 100 |")
+    autoguided = settings.replace("| 2 |", "| 4 |").replace("|  |", "| 1.5, 1 to 100 |", 1)
     assert samplers[4].startswith(f"| {shipped} | {autoguided} | {scores} | 75 + 8 | 1000 |")  # t = 12, 24 ... 96
-    assert samplers[5].startswith(f"| {p2_test.CHOSEN_WITH[:8]} | dpm++ | 50 | 1.0 | -1 | 100 to 400 | 0.5* |")
-    assert len(samplers) == 6  # the rows of other weights and of real starts are left out
+    assert samplers[5].startswith(f"| {shipped} | dpm++ | 50 | 1.0 | 5 | 100 to 400 | 0 |  | yes | 0 | 200 |")
+    assert samplers[6].startswith(f"| {p2_test.CHOSEN_WITH[:8]} | dpm++ | 50 | 1.0 | -1 | 100 to 400 | 0.5* |")
+    assert len(samplers) == 7  # the rows of other weights and of real starts are left out
     assert tables.starts_table().splitlines()[2:] == [
         "| real digits at t = 0 | 200 | 98.7 | 0.100 | 0.400 |",
         "| noise (mean colour) | 200 | 98.7 | 0.100 | 0.400 |",
