@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,7 +62,7 @@ FAST = {
     "guide": (190, 500),
     "rescale": 0.42,
     "mean": (118.1, 119.1, 107.4),  # of MNIST-M's training digits; gives way to what the card of the weights says
-    "calibrate": True,  # where the card of the weights has mean errors
+    "calibrate": True,  # at those steps of which the card of the weights tells mean errors
     "autoguide": 0.2,  # with the shipped weights alone: others have no worse network of their kind here
     "autoguide_t": (20, 189),
 }
@@ -104,7 +103,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--autoguide-by", type=Path, metavar="FILE", help=f"default: checkpoints/{WORSE.name}")
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean colour (0 to 255) of x_T")
-    what = "take off the mean errors of predictions that the card of the weights tells (with --sampler: not)"
+    what = "take off the mean errors of predictions that the card of the weights tells of these steps, as by default"
     parser.add_argument("--calibrate", action=argparse.BooleanOptionalAction, help=what)
     parser.add_argument("--seed", type=seed, default=0, help="seed of the noise")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="write the first 10 of each digit as a sheet, too")
@@ -222,12 +221,11 @@ def one_colour(mean: Sequence[float] | None, device: torch.device) -> Tensor | N
 
 def error_table(errors: dict[str, Sequence[float]], T: int) -> Tensor:
     """A card's mean errors, t: (red, green, blue) in gray levels -> (T + 1, 3) in units of x_0, for
-    ``models.diffusion.calibrated``: between those t, and to 0 at t = 0, along straight lines."""
-    known = {0: (0.0, 0.0, 0.0)} | {int(t): error for t, error in errors.items()}
-    levels = sorted(known)
-    columns = zip(*(known[t] for t in levels), strict=True)
-    table = [np.interp(np.arange(T + 1), levels, column) for column in columns]
-    return torch.from_numpy(np.stack(table, axis=1)).float() / 127.5
+    ``models.diffusion.calibrated``; 0 at other t."""
+    table = torch.zeros(T + 1, 3)
+    for t, error in errors.items():
+        table[int(t)] = torch.tensor(error) / 127.5
+    return table
 
 
 def image_generator(seed: int, digit: int, number: int) -> torch.Generator:
