@@ -256,7 +256,7 @@ class DiffusionTrainer(Trainer):
         rows = torch.randperm(len(self.images), generator=random, device=self.device)[: self.o.calibrate]
         errors = {}
         for t in timesteps(self.process, FAST["steps"], FAST["power"])[:-1]:
-            total, taken = torch.zeros(3, device=self.device), rows[: math.ceil(len(rows) * (t / self.process.T) ** 2)]
+            total, taken = torch.zeros(3, device=self.device), rows[: math.ceil(len(rows) * t / self.process.T)]
             for part in taken.split(PASS):
                 x_0 = self.images_at(part)
                 eps = torch.randn(x_0.shape, generator=random, device=self.device)
