@@ -234,6 +234,8 @@ class DiffusionTrainer(Trainer):
         return sheet(self.samples(10), columns=10)
 
     def evaluate(self) -> dict[str, float]:
+        if self.o.calibrate:
+            self.facts |= {"mean_errors": self.mean_errors()}  # for p2_test.py --calibrate
         if not self.judge:
             return {}
         per_digit = max(1, self.o.eval_images // CLASSES)
@@ -244,8 +246,7 @@ class DiffusionTrainer(Trainer):
         return [round(c, 1) for c in colour_statistics(self.images)[:3].tolist()]
 
     def prepare(self) -> None:
-        errors = {"mean_errors": self.mean_errors()} if self.o.calibrate else {}
-        self.facts = {"mean": self.mean_colour} | errors  # for p2_test.py --mean and --calibrate
+        self.facts = {"mean": self.mean_colour}  # for p2_test.py --mean
 
     @torch.inference_mode()
     def mean_errors(self) -> dict[int, list[float]]:

@@ -188,7 +188,7 @@ def test_low_noise_is_trained_more_often(digits, tmp_path, monkeypatch, low_nois
 @pytest.mark.parametrize("size", [28, 32])
 def test_mean_errors_are_measured(digits, tmp_path, mean_inception, monkeypatch, size):
     """A network whose velocity is 0 predicts sqrt(alpha_bar) x_t: alpha_bar of an image, and noise that is 0 on
-    average. The card tells by how many gray levels that is off; fewer digits are asked where there is less noise."""
+    average. The card tells by how many gray levels that is off; fewer digits are asked where there is less noise, and none for a picture."""
     seen = defaultdict(list)
 
     def mean_error(network, process, x_0, y, t, eps):
@@ -199,7 +199,7 @@ def test_mean_errors_are_measured(digits, tmp_path, mean_inception, monkeypatch,
     monkeypatch.setitem(p2_train.FAST, "steps", 4)
     monkeypatch.setattr(UNet_conditional, "forward", lambda self, x, *_: 0 * x + 0 * self.outc.bias.sum())
     monkeypatch.setattr(p2_train, "PASS", 10)
-    options = ("--steps", 1, "--eval-images", 0, "--size", size)
+    options = ("--steps", 2, "--sample-every", 1, "--eval-every", 2, "--eval-images", 0, "--size", size)
     for calibrate in (0, 54):
         assert train(digits, tmp_path / str(calibrate), *options, "--calibrate", calibrate).code == 0
     none, card = (load_weights(tmp_path / name / "p2_000" / "last.safetensors")[1] for name in ("0", "54"))
