@@ -188,7 +188,8 @@ def test_low_noise_is_trained_more_often(digits, tmp_path, monkeypatch, low_nois
 @pytest.mark.parametrize("size", [28, 32])
 def test_mean_errors_are_measured(digits, tmp_path, mean_inception, monkeypatch, size):
     """A network whose velocity is 0 predicts sqrt(alpha_bar) x_t: alpha_bar of an image, and noise that is 0 on
-    average. The card tells by how many gray levels that is off; fewer digits are asked where there is less noise, and none for a picture."""
+    average. The card tells by how many gray levels that is off; fewer digits are asked where there is less noise, and
+    none for a picture."""
     seen = defaultdict(list)
 
     def mean_error(network, process, x_0, y, t, eps):
