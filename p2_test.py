@@ -120,6 +120,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add_device_option(parser)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
     o = parser.parse_args(argv)
+    o.must_calibrate = bool(o.calibrate)  # asked for: an error where the weights cannot
     T = Process().T
     defaults = USUAL | ({"steps": T} if o.sampler == "ddpm" else {}) if o.sampler else FAST
     if o.weights.resolve() != WEIGHTS:
@@ -428,6 +429,8 @@ def main() -> None:
     if o.mean is FAST["mean"]:  # no other was asked for
         o.mean = tuple(card.get("mean", o.mean))
     o.errors = None
+    if o.must_calibrate and "mean_errors" not in card:
+        raise UserError(f"--calibrate: {o.weights} tells no mean errors; leave it out, or train with p2_train.py anew")
     if o.calibrate and "mean_errors" in card:
         o.errors = error_table(card["mean_errors"], Process().T).to(device)
     network = network.to(device, memory_format=torch.channels_last)

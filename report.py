@@ -204,8 +204,9 @@ weights come first; the others are of the weights with which most was tried (nam
 of as many images start from the same noise, and distances can be compared between them only: those of fewer images are
 larger. Start: x_T is the noise of this colour (red, green, blue), or plain noise. Rescale with a star: in each channel
 guidance left the mean alone, as it did up to commit ee0824b, not the median. Colour off: the largest difference of the
-means of red, green and blue, and of their deviations. Autoguide: its strength, and where it acts. Calls: of the
-network, for an image, and of autoguidance's. Times, with other work beside, can be compared on one processor only."""
+means of red, green and blue, and of their deviations. Autoguide: its strength, and where it acts. Calibrated: whether
+the mean errors of predictions were taken off. Calls: of the network, for an image, and of autoguidance's. Times, with
+other work beside, can be compared on one processor only."""
 
 STARTS = """\
 Real training digits are noised to t, and sampled from there by the default sampler, against the held-out training

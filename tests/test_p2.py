@@ -468,6 +468,9 @@ def test_mean_errors_in_the_card_are_taken_off(digits, tmp_path, mean_inception)
     assert (made["own"] - made["older"]).tolist() == wanted
     assert (made["own---sampler-ddim---calibrate"] - made["own---sampler-ddim"]).tolist() == wanted
     assert torch.equal(made["own---no-calibrate"], made["older"])
+    end = run(p2_test.main, "--weights", tmp_path / "older.safetensors", "--out", tmp_path / "none", "--calibrate")
+    assert_user_error(end, "--calibrate", "older.safetensors tells no mean errors")
+    assert not (tmp_path / "none").exists()
     told = [row["key"].get("calibrate") for row in read_results(record)]
     assert sorted(map(str, told)) == ["None"] * 3 + ["True"] * 2
 
