@@ -62,7 +62,7 @@ FAST = {
     "guide": (190, 500),
     "rescale": 0.42,
     "mean": (118.1, 119.1, 107.4),  # of MNIST-M's training digits; gives way to what the card of the weights says
-    "calibrate": True,  # at those steps of which the card of the weights tells mean errors
+    "calibrate": None,  # where the card of the weights tells mean errors
     "autoguide": 0.2,  # with the shipped weights alone: others have no worse network of their kind here
     "autoguide_t": (20, 189),
 }
@@ -120,7 +120,6 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add_device_option(parser)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor profits")
     o = parser.parse_args(argv)
-    o.must_calibrate = bool(o.calibrate)  # asked for: an error where the weights cannot
     T = Process().T
     defaults = USUAL | ({"steps": T} if o.sampler == "ddpm" else {}) if o.sampler else FAST
     if o.weights.resolve() != WEIGHTS:
@@ -428,11 +427,11 @@ def main() -> None:
     network, card = load_network(o.weights, {"unet": UNet_conditional})
     if o.mean is FAST["mean"]:  # no other was asked for
         o.mean = tuple(card.get("mean", o.mean))
-    o.errors = None
-    if o.must_calibrate and "mean_errors" not in card:
+    if o.calibrate and "mean_errors" not in card:
         raise UserError(f"--calibrate: {o.weights} tells no mean errors; leave it out, or train with p2_train.py anew")
-    if o.calibrate and "mean_errors" in card:
-        o.errors = error_table(card["mean_errors"], Process().T).to(device)
+    if o.calibrate is None:
+        o.calibrate = "mean_errors" in card
+    o.errors = error_table(card["mean_errors"], Process().T).to(device) if o.calibrate else None
     network = network.to(device, memory_format=torch.channels_last)
     worse = load_worse(o.autoguide_by, network.size, device) if o.autoguide else None
     digits = [int(d) for d in o.digits]
@@ -459,11 +458,11 @@ def main() -> None:
     if judge:
         scores = judge([o.out / name for name in names], labels, o.neighbours, o.unsure)
         if o.record:
-            settings = [name for name in FAST if o.autoguide or not name.startswith("autoguide")]
-            settings.remove("calibrate")
+            unused = set() if o.autoguide else {"autoguide", "autoguide_t"}
+            unused |= set() if o.calibrate else {"calibrate"}
+            settings = [name for name in FAST if name not in unused]
             key = {"weights": weights_name(o.weights), "scored": judge.scored}
             key |= {name: getattr(o, name) for name in (*settings, "digits", "per_digit", "seed")}
-            key |= {"calibrate": True} if o.errors is not None else {}
             key |= {"autoguide_by": weights_id(o.autoguide_by)} if o.autoguide else {}
             key |= {"from_real": o.from_real} if o.from_real is not None else {}
             record(o.record, key, scores | {"seconds": seconds}, o.weights, device)

@@ -460,9 +460,8 @@ def test_mean_errors_in_the_card_are_taken_off(digits, tmp_path, mean_inception)
         ("own", "--sampler", "ddim", "--calibrate"),
     ):
         out = tmp_path / "-".join((name, *options))
-        assert (
-            run(p2_test.main, "--weights", tmp_path / f"{name}.safetensors", "--out", out, *common, *options).code == 0
-        )
+        weights = tmp_path / f"{name}.safetensors"
+        assert run(p2_test.main, "--weights", weights, "--out", out, *common, *options).code == 0
         made[out.name] = decode_files(sorted(out.iterdir()), 28).float().mean((0, 2, 3))
     wanted = pytest.approx([-20, 30, -5], abs=0.1)
     assert (made["own"] - made["older"]).tolist() == wanted

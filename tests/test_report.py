@@ -22,7 +22,7 @@ from models.unet import UNet_conditional
 from tests.helpers import ROOT, assert_user_error, run
 
 MEAN = [1.0, 2.0, 3.0]  # of the digits that the UNet's card tells of
-DIGITS = p2_test.FAST | {"mean": MEAN, "digits": "0123456789", "scored": "val"}
+DIGITS = p2_test.FAST | {"mean": MEAN, "calibrate": True, "digits": "0123456789", "scored": "val"}
 
 
 @pytest.fixture
