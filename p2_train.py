@@ -3,8 +3,8 @@ r"""Train the class-conditional diffusion model of digits (problem 2) on MNIST-M
   python3 p2_train.py --data hw2_data/digits/mnistm                     # our recipe; a GPU: minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --max-minutes 100   # stop, annealed, after 100 minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --recipe report     # the report's own recipe
-  python3 p2_train.py --init checkpoints/p2_unet.safetensors --gamma 0 --low-noise 0.75 --batch-size 16 --ema 0.998 \
-      --max-minutes 100                                                 # go on from the shipped weights
+  python3 p2_train.py --init checkpoints/p2_unet.safetensors --lr 2e-4 --gamma 100 --low-noise 0.4 --batch-size 16 \
+      --ema 0.998 --max-minutes 100                                     # go on from the shipped weights
   python3 p2_train.py --resume runs/p2_000                              # go on after Ctrl-C or a kill
   torchrun --standalone --nproc-per-node 4 p2_train.py                  # four GPUs, a quarter of a batch on each
 
@@ -54,6 +54,8 @@ RECIPES = {
         "size": 28,
         "batch_size": 128,
         "steps": 30_000,
+        "optimiser": "muon",
+        "lr": 6e-4,
         "ema": 0.9995,
         "gamma": 5.0,
         "floor": 0.5,
@@ -65,6 +67,8 @@ RECIPES = {
         "size": 32,
         "batch_size": 64,
         "steps": 140_000,
+        "optimiser": "adamw",
+        "lr": 3e-4,
         "ema": 0.995,
         "gamma": 0.0,
         "floor": 0.0,
@@ -88,10 +92,8 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, help="* images per update")
-    parser.add_argument(
-        "--optimiser", choices=OPTIMISERS, default="adamw", help="muon: for the weights of hidden layers"
-    )
-    parser.add_argument("--lr", type=positive_float, default=3e-4, help="learning rate, for muon in units of AdamW's")
+    parser.add_argument("--optimiser", choices=OPTIMISERS, help="* muon: for the weights of hidden layers, else adamw")
+    parser.add_argument("--lr", type=positive_float, help="* learning rate, for muon in units of AdamW's")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average; 0 for none")
     parser.add_argument("--predicts", choices=("noise", "velocity"), help="* what the network's output means")
     parser.add_argument(

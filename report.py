@@ -220,7 +220,9 @@ Rows with the same first column can be compared: runs of the same length, anneal
 and scored at their end on the slice of the training images that is held out. So a recipe is chosen without the
 validation images. Rows of faces were measured when our recipes annealed and the DCGAN's had no penalty and shorter
 averages: to repeat them add `--anneal`, except to those of `--no-anneal` and of the report's recipe, and to the DCGAN's
-`--ema 0.999 --ema-power 8` and, where a row names no `--r1`, `--r1 0`."""
+`--ema 0.999 --ema-power 8` and, where a row names no `--r1`, `--r1 0`. Rows of digits that name no `--optimiser` were
+measured when our recipe had AdamW: to repeat them add `--optimiser adamw`, and `--lr 3e-4` where they name no
+`--lr`."""
 
 ABLATION = """\
 Accuracy on the first 2,000 training images of the target, whose labels are read to score and never to train; for

@@ -138,7 +138,7 @@ def test_training_goes_on_from_finished_weights(digits, tmp_path, mean_inception
 def test_resume_refuses_other_options(digits, tmp_path, mean_inception):
     assert train(digits, tmp_path, "--steps", 1, "--eval-images", 0).code == 0
     outcome = run(p2_train.main, "--resume", tmp_path / "p2_000", "--lr", 1, "--gamma", 0)
-    assert_user_error(outcome, "--gamma (run 5.0, given 0.0)", "--lr (run 0.0003, given 1.0)")
+    assert_user_error(outcome, "--gamma (run 5.0, given 0.0)", "--lr (run 0.0006, given 1.0)")
 
 
 @pytest.fixture
@@ -251,6 +251,7 @@ def test_recipes():
     assert (ours.predicts, report.predicts) == ("velocity", "noise")
     assert (ours.size, report.size) == (28, 32)
     assert (report.batch_size, report.lr, report.steps) == (64, 3e-4, 9)
+    assert (ours.optimiser, ours.lr, report.optimiser) == ("muon", 6e-4, "adamw")
 
 
 def test_training_goes_on_without_metrics(digits, tmp_path, no_inception, classifier, capsys):
