@@ -92,7 +92,8 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, default=Path("hw2_data/digits/mnistm"), help="folder with the split train")
     parser.add_argument("--steps", type=positive_int, help="* updates")
     parser.add_argument("--batch-size", type=positive_int, help="* images per update")
-    parser.add_argument("--optimiser", choices=OPTIMISERS, help="* muon: for the weights of hidden layers, else adamw")
+    what = "* muon takes the weights of hidden layers, and leaves the others to adamw"
+    parser.add_argument("--optimiser", choices=OPTIMISERS, help=what)
     parser.add_argument("--lr", type=positive_float, help="* learning rate, for muon in units of AdamW's")
     parser.add_argument("--ema", type=share_of_one, help="* decay of the weight average; 0 for none")
     parser.add_argument("--predicts", choices=("noise", "velocity"), help="* what the network's output means")
