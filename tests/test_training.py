@@ -26,10 +26,10 @@ from tests.helpers import run
 SCRIPTS = {
     "p1": (p1_train.parse_options, p1_train.FaceTrainer, ("--dim", 2, "--eval-images", 0)),
     "p2": (p2_train.parse_options, p2_train.DiffusionTrainer, ("--dim", 4, "--eval-images", 0)),
-    "p2 muon": (
+    "p2 adamw": (
         p2_train.parse_options,
         p2_train.DiffusionTrainer,
-        ("--dim", 4, "--eval-images", 0, "--optimiser", "muon"),
+        ("--dim", 4, "--eval-images", 0, "--optimiser", "adamw"),
     ),
     "p3": (p3_train.parse_options, p3_train.make_trainer, ("--dim", 2, "--students", 0)),
     "p3 source": (p3_train.parse_options, p3_train.make_trainer, ("--method", "source", "--network", "dann")),
@@ -115,7 +115,7 @@ def test_descent_forgets_the_gradient_before():
 
 def test_muon_has_the_hidden_layers(make):
     """Not the first and the last convolution, nor the table of labels, nor what is no matrix."""
-    t = make("p2 muon")
+    t = make("p2", "--optimiser", "muon")
     ours = {id(p) for p in t.optimiser.param_groups[0]["params"]}
     names = {name for name, p in t.network.named_parameters() if id(p) in ours}
     matrices = {name for name, p in t.network.named_parameters() if p.ndim > 1}
