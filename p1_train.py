@@ -3,7 +3,6 @@
   python3 p1_train.py --model sngan --data hw2_data/face                     # our recipe; a GPU: minutes
   python3 p1_train.py --model dcgan --data hw2_data/face --max-minutes 90    # stop after 90 minutes
   python3 p1_train.py --model dcgan --data hw2_data/face --recipe report     # the report's own recipe
-  python3 p1_train.py --model dcgan --init checkpoints/p1_dcgan.safetensors  # go on from the shipped weights
   python3 p1_train.py --resume runs/p1_sngan_000                             # go on after Ctrl-C or a kill
   torchrun --standalone --nproc-per-node 4 p1_train.py --model sngan         # four GPUs, a quarter of a batch on each
 
@@ -30,11 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.checkpoint import history, load_network
 from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, POWER, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
-from common.options import from_zero, positive_float, positive_int, several, share_of_one, weight
+from common.options import positive_float, positive_int, several, share_of_one, weight
 from common.parallel import is_first, processes, rank, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
@@ -82,10 +80,6 @@ def build_parser() -> Parser:
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, default=False, help="learning rates fall to 0 over the second half")
     parser.add_argument("--r1", type=weight, help="* weight of the discriminator's gradient penalty, R1")
-    what = "start the generator from these weights, of either model, not from random ones"
-    parser.add_argument("--init", type=Path, metavar="FILE", help=what)
-    what = "first updates after --init in which the discriminator, which is new, learns alone"
-    parser.add_argument("--warm-up", type=from_zero, default=1000, help=what)
     parser.add_argument("--dim", type=positive_int, default=64, help="width of both networks; the report has 64")
     add_sample_options(parser)
     add_common_options(parser)
@@ -108,12 +102,10 @@ def memory_format(o: argparse.Namespace) -> torch.memory_format:
 class Networks:
     """Both networks, the averaged generator and both optimisers."""
 
-    def __init__(self, o: argparse.Namespace, device: torch.device, generator: nn.Module | None = None):
-        """``generator`` to start from; None for a new one."""
+    def __init__(self, o: argparse.Namespace, device: torch.device):
         torch.manual_seed(o.seed)  # weights are drawn on the CPU: the same on every device
         layout = memory_format(o)
-        generator = generator.train() if generator else MODELS[o.model].Generator(dim=o.dim)
-        self.generator = generator.to(device, memory_format=layout)
+        self.generator = MODELS[o.model].Generator(dim=o.dim).to(device, memory_format=layout)
         self.discriminator = MODELS[o.model].Discriminator(dim=o.dim).to(device, memory_format=layout)
         self.ema = EMA(self.generator, o.ema, o.ema_power)
         self.opt_g, self.opt_d = (
@@ -163,9 +155,8 @@ def both_logits(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[T
 
 
 def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argparse.Namespace) -> Tensor:
-    """One update of both networks, or of the discriminator alone (--warm-up).
+    """One update of both networks. Returns float32 (4,): loss_d, loss_g, mean D(x), mean D(G(z)).
 
-    Returns float32 (4,): loss_d, loss_g, mean D(x), mean D(G(z)).
     ``images`` uint8 (N, 3, 64, 64) on the training device; all randomness comes from (seed, step).
     """
     device = images.device
@@ -178,10 +169,8 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     if processes() > 1:  # each augments generated images of its own
         random = step_generator(device, o.seed, step, rank())
 
-    alone = o.init is not None and step < o.warm_up
     with autocast(device, o.bf16):
-        with torch.set_grad_enabled(not alone):
-            fake = diff_augment(nets.generator(z), o.augment, random)
+        fake = diff_augment(nets.generator(z), o.augment, random)
         logits_real, logits_fake = both_logits(nets.discriminator, real, fake.detach())
     loss_d = discriminator_loss(logits_real, logits_fake, o.loss)
     lazy = o.r1 > 0 and step % R1_EVERY == 0  # as in StyleGAN2 (Karras et al. 2020), appendix B
@@ -191,8 +180,7 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
     nets.discriminator.requires_grad_(False)
     with autocast(device, o.bf16):
         loss_g = generator_loss(nets.discriminator.logits(fake).float(), o.loss)
-    if not alone:
-        descend(loss_g, nets.opt_g, o.lr_g * factor)
+    descend(loss_g, nets.opt_g, o.lr_g * factor)
     nets.discriminator.requires_grad_(True)
     nets.ema.update(nets.generator, step)
     return torch.stack([loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
@@ -233,14 +221,8 @@ class FaceTrainer(Trainer):
         device, o.bf16 = device_and_format(o.device, o.bf16)
         images, held_out = hold_out(load_faces(o.data, "train"), HELD_OUT, o.data)
         data_id = describe(images)
-        generator, before = None, None
-        if o.init and not o.resume:
-            generator, card = load_network(o.init, {name: model.Generator for name, model in MODELS.items()})
-            before = history(card)
-            if card["config"]["dim"] != o.dim:
-                raise UserError(f"{o.init}: holds a network of {card['config']}; give the same --dim")
-        self.images, self.nets, self.low = images.to(device), Networks(o, device, generator), 0
-        super().__init__(f"p1_{o.model}", o, device, data_id, self.nets.parts, before)
+        self.images, self.nets, self.low = images.to(device), Networks(o, device), 0
+        super().__init__(f"p1_{o.model}", o, device, data_id, self.nets.parts)
         self.judge = Judge(held_out, device, o.data) if o.eval_images and is_first() else None
 
     def update(self) -> Tensor:

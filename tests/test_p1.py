@@ -321,38 +321,6 @@ def test_resume_refuses_other_options_and_other_data(faces, tmp_path, mean_incep
     assert_user_error(run(p1_train.main, "--resume", tmp_path), tmp_path / "options.json")
 
 
-def test_training_goes_on_from_a_generators_weights(faces, tmp_path, mean_inception):
-    """Of either model: they share the generator. The new discriminator learns alone first, also after a resume; the
-    card tells of the run before."""
-    assert train(faces, tmp_path, "--steps", 2, "--eval-images", 0).code == 0
-    first = tmp_path / "p1_sngan_000" / "last.safetensors"
-    options = ("--model", "dcgan", "--init", first, "--warm-up", 2, "--eval-images", 0)
-    assert train(faces, tmp_path, *options, "--steps", 1).code == 0
-    folder = tmp_path / "p1_dcgan_000"
-    (given, _), (_, card) = load_weights(first), load_weights(folder / "last.safetensors")
-    (run_before,) = card["before"]
-    assert (run_before["steps"], run_before["command"].split()[1]) == (2, "p1_train.py")
-    # batch norm's scales of about 1 move by less than float16 tells
-    weights = [name for name, p in dcgan.Generator(dim=2).named_parameters() if p.dim() > 1]
-
-    def stayed() -> list[bool]:
-        now = load_weights(folder / "last.safetensors")[0]
-        return [torch.equal(now[name], given[name]) for name in weights]
-
-    assert all(stayed())
-    discriminator = load_state(folder / "state.pt")["parts"]["discriminator"]["ls.0.weight"]
-    assert run(p1_train.main, "--resume", folder, "--steps", 2).code == 0
-    assert all(stayed())
-    assert not torch.equal(load_state(folder / "state.pt")["parts"]["discriminator"]["ls.0.weight"], discriminator)
-    assert run(p1_train.main, "--resume", folder, "--steps", 4).code == 0
-    assert not any(stayed())
-
-    assert_user_error(train(faces, tmp_path, "--init", tmp_path / "none.safetensors"), "none.safetensors")
-    assert_user_error(run(p1_train.main, "--data", faces, "--out", tmp_path, "--init", first), first, "--dim")
-    save_weights(tmp_path / "unet.safetensors", given, {"model": "unet", "config": {"dim": 2}})
-    assert_user_error(train(faces, tmp_path, "--init", tmp_path / "unet.safetensors"), "'unet'", "dcgan")
-
-
 def test_a_budget_used_up_by_an_evaluation_still_ends_with_a_save(faces, tmp_path, monkeypatch):
     def evaluate(self):
         self.budget.started -= 3600
