@@ -200,7 +200,7 @@ def observations(_o: argparse.Namespace) -> str:
 
 SAMPLERS = """\
 Scores are against the held-out training digits: a sampler is chosen without the validation digits. Rows of the shipped
-weights come first; the others are of the weights with which most was tried (named by the start of their SHA-256). Rows
+weights come first; the others are of weights with which much was tried (named by the start of their SHA-256). Rows
 of as many images start from the same noise, and distances can be compared between them only: those of fewer images are
 larger. Start: x_T is the noise of this colour (red, green, blue), or plain noise. Rescale with a star: in each channel
 guidance left the mean alone, as it did up to commit ee0824b, not the median. Colour off: the largest difference of the

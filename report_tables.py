@@ -165,7 +165,7 @@ def samplers_table() -> str:
     weights and with those for which the default was chosen."""
     shipped = shipped_id("p2_unet")
     rows = rows_of(RESULTS / "samplers.json", scored="held-out", from_real=None)
-    rows = [row for row in rows if row["weights"] in (shipped, p2_test.CHOSEN_WITH)]
+    rows = [row for row in rows if row["weights"] in (shipped, *p2_test.CHOSEN_WITH)]
     if not rows:
         return "Not measured yet: results/samplers.json has no rows for these weights."
     lines = []
