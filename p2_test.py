@@ -51,8 +51,8 @@ WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p2_unet.safetensors
 WORSE = WEIGHTS.with_name("p2_guide.safetensors")  # for autoguidance: smaller, and trained for a shorter time
 SLICE = 20  # images per forward pass; a constant, because float sums may differ in the last bit between sizes
 SAMPLERS = ("dpm++", "ddim", "ddpm")
-# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, rescale and autoguide with
-# the shipped ones; 20 calls of the network an image, and 6 of the worse one.
+# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, autoguide with the shipped
+# ones, rescale near what was tried with them; 20 calls of the network an image, and 6 of the worse one.
 FAST = {
     "sampler": "dpm++",
     "steps": 15,

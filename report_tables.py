@@ -163,14 +163,14 @@ def digits_table() -> str:
 def samplers_table() -> str:
     """Accuracy, distances to held-out training digits and time for samplers, steps and guidance, with the shipped
     weights and with those for which the default was chosen."""
-    shipped = shipped_id("p2_unet")
+    shown = [shipped_id("p2_unet"), *p2_test.CHOSEN_WITH]
     rows = rows_of(RESULTS / "samplers.json", scored="held-out", from_real=None)
-    rows = [row for row in rows if row["weights"] in (shipped, *p2_test.CHOSEN_WITH)]
+    rows = [row for row in rows if row["weights"] in shown]
     if not rows:
         return "Not measured yet: results/samplers.json has no rows for these weights."
     lines = []
     order = ("per_digit", "sampler", "steps", "w", "power")
-    for row in sorted(rows, key=lambda r: [r["weights"] != shipped, *(r["key"][k] for k in order)]):
+    for row in sorted(rows, key=lambda r: [shown.index(r["weights"]), *(r["key"][k] for k in order)]):
         key, scores = row["key"], row["scores"]
         low, high = key["guide"]
         guided = "" if key["w"] == 0 else "all" if (low, high) == (1, 600) else f"{low} to {high}"
