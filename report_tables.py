@@ -127,7 +127,7 @@ def by_default(file: str, **key: object) -> list[dict]:
     if not weights.exists():
         return []
     card = load_weights(weights)[1]
-    now = p2_test.FAST | {"mean": card.get("mean", p2_test.FAST["mean"]), "autoguide_by": shipped_id("p2_guide")}
+    now = p2_test.FAST | {"mean": p2_test.mean_colour(card, weights), "autoguide_by": shipped_id("p2_guide")}
     now |= {"calibrate": True if "mean_errors" in card else None, "keeps": None}
     return rows_of(RESULTS / file, weights, **now, **key)
 

@@ -440,6 +440,11 @@ def test_the_default_sampler_starts_from_the_mean_colour_that_the_card_tells(tmp
             assert run(p2_test.main, *common, "--digits", 1, "--per-digit", 1, *options).code == 0
     mnistm = [118.1, 119.1, 107.4]
     assert means == [[1, 2, 3], mnistm, None, mnistm, mnistm, None]
+    monkeypatch.setattr(p2_test, "WEIGHTS", tmp_path / "own.safetensors")  # the shipped ones: with their tint
+    monkeypatch.setattr(p2_test, "TINT", (0.0, 10.0, -0.5))
+    out = ("--out", tmp_path / "out", "--device", "cpu", "--autoguide", 0, "--digits", 1, "--per-digit", 1)
+    assert run(p2_test.main, *out).code == run(p2_test.main, *out, "--mean", 4, 5, 6).code == 0
+    assert means[6:] == [[1, 12, 2.5], [4, 5, 6]]
 
 
 def test_mean_errors_in_the_card_are_taken_off(digits, tmp_path, mean_inception):

@@ -22,7 +22,8 @@ from models.unet import UNet_conditional
 from tests.helpers import ROOT, assert_user_error, run
 
 MEAN = [1.0, 2.0, 3.0]  # of the digits that the UNet's card tells of
-DIGITS = p2_test.FAST | {"mean": MEAN, "calibrate": True, "digits": "0123456789", "scored": "val"}
+START = [m + t for m, t in zip(MEAN, p2_test.TINT, strict=True)]
+DIGITS = p2_test.FAST | {"mean": START, "calibrate": True, "digits": "0123456789", "scored": "val"}
 
 
 @pytest.fixture
@@ -65,6 +66,7 @@ def study(tmp_path, monkeypatch):
     plain = {name: value for name, value in DIGITS.items() if not name.startswith("autoguide")}
     biased = {name: value for name, value in guided.items() if name != "calibrate"}
     stale = guided | {"keeps": "mean"}, guided | {"autoguide_by": "another"}, plain, biased
+    stale += (guided | {"mean": MEAN},)
     older = [(key | {"per_digit": 100, "seed": 0}, digits | {"FD-768": 0.9}, unet) for key in stale]
     rows("digits.json", *((guided | {"per_digit": 100, "seed": s}, digits, unet) for s in range(3)), *older)
     slow = plain | {"per_digit": 20, "seed": 0, "sampler": "dpm++", "steps": 50, "eta": 0.0, "w": 2.0}
