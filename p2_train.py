@@ -3,8 +3,8 @@ r"""Train the class-conditional diffusion model of digits (problem 2) on MNIST-M
   python3 p2_train.py --data hw2_data/digits/mnistm                     # our recipe; a GPU: minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --max-minutes 100   # stop, annealed, after 100 minutes
   python3 p2_train.py --data hw2_data/digits/mnistm --recipe report     # the report's own recipe
-  python3 p2_train.py --init checkpoints/p2_unet.safetensors --lr 2e-4 --gamma 100 --low-noise 0.4 --batch-size 16 \
-      --ema 0.998 --max-minutes 100                                     # go on from the shipped weights
+  python3 p2_train.py --init checkpoints/p2_unet.safetensors --lr 1.4e-3 --gamma 0 --low-noise 0.3 --batch-size 64 \
+      --ema 0.997 --max-minutes 100                                     # go on from the shipped weights
   python3 p2_train.py --resume runs/p2_000                              # go on after Ctrl-C or a kill
   torchrun --standalone --nproc-per-node 4 p2_train.py                  # four GPUs, a quarter of a batch on each
 
