@@ -83,11 +83,13 @@ class Entries(dict):
 
 
 def training(card: dict) -> str:
-    """Steps, batch size, minutes and hardware, from a weight file's card; sums over the runs that led to it."""
+    """Steps, batch size, minutes and hardware, from a weight file's card; sums over the runs that led to it, of which
+    the batch size is the last one's."""
     runs = history(card)
     steps, minutes = (sum(run[name] for run in runs) for name in ("steps", "minutes"))
     hardware = " and ".join(dict.fromkeys(run["hardware"] for run in runs))
-    return f"{steps:,} steps of {card['options']['batch_size']}, {minutes:.0f} min on {hardware}"
+    last = f", the last {card['steps']:,}" if len(runs) > 1 else ""
+    return f"{steps:,} steps{last} of {card['options']['batch_size']}, {minutes:.0f} min on {hardware}"
 
 
 def column(rows: list[dict], name: str) -> list[float]:

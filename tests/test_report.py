@@ -250,7 +250,7 @@ def test_a_training_is_the_sum_of_its_runs():
     last = {"steps": 5, "minutes": 2.5, "hardware": "an abacus", "command": "c", "commit": "d"}
     before = [last | {"steps": 1000, "hardware": "a slide rule"}, last]
     card = last | {"before": before, "options": {"batch_size": 16}}
-    assert tables.training(card) == "1,010 steps of 16, 8 min on a slide rule and an abacus"
+    assert tables.training(card) == "1,010 steps, the last 5 of 16, 8 min on a slide rule and an abacus"
 
 
 def test_missing_numbers_are_measured_where_there_is_data(study, calls, capsys):
