@@ -51,7 +51,7 @@ WEIGHTS = Path(__file__).resolve().parent / "checkpoints" / "p2_unet.safetensors
 WORSE = WEIGHTS.with_name("p2_guide.safetensors")  # for autoguidance: smaller, and trained for a shorter time
 SLICE = 20  # images per forward pass; a constant, because float sums may differ in the last bit between sizes
 SAMPLERS = ("dpm++", "ddim", "ddpm")
-# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, w and rescale with the
+# Taken without --sampler: chosen on held-out training digits with the weights CHOSEN_WITH, autoguide and TINT with the
 # shipped ones; 20 calls of the network an image, and 6 of the worse one.
 FAST = {
     "sampler": "dpm++",
