@@ -78,6 +78,11 @@ NEIGHBOURS = 7  # nearest training digits that are shown
 FIGURE_T = (0, 120, 240, 360, 480, 600)  # reverse steps done in the report's figure
 
 
+def shipped(weights: Path) -> bool:
+    """Whether these are the weights that the default sampler was tuned for, and that have a worse network here."""
+    return weights.resolve() == WEIGHTS
+
+
 def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; made when missing")
@@ -126,7 +131,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     o = parser.parse_args(argv)
     T = Process().T
     defaults = USUAL | ({"steps": T} if o.sampler == "ddpm" else {}) if o.sampler else FAST
-    if o.weights.resolve() != WEIGHTS:
+    if not shipped(o.weights):
         defaults = defaults | {"autoguide": 0.0}
     for name, value in defaults.items():
         if getattr(o, name) is None:
@@ -221,7 +226,7 @@ def mean_colour(card: dict, weights: Path) -> list[float]:
     """The --mean of the default sampler, in gray levels: what the card of the weights tells, and ``TINT`` if they are
     the shipped ones."""
     mean = card.get("mean", FAST["mean"])
-    return [round(m + t, 1) for m, t in zip(mean, TINT, strict=True)] if weights.resolve() == WEIGHTS else list(mean)
+    return [round(m + t, 1) for m, t in zip(mean, TINT, strict=True)] if shipped(weights) else list(mean)
 
 
 def one_colour(mean: Sequence[float] | None, device: torch.device) -> Tensor | None:
