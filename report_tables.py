@@ -207,7 +207,7 @@ def starts_table() -> str:
     lines, noise = [], Process().T + 1
     for row in sorted(rows, key=lambda row: row["key"].get("from_real", noise)):
         key, scores = row["key"], row["scores"]
-        start = f"real digits at t = {key['from_real']}" if "from_real" in key else "noise (mean colour)"
+        start = f"real digits at t = {key['from_real']}" if "from_real" in key else "noise"
         found = [f"{scores[name]:.3f}" for name in distances(row)]
         lines.append([start, str(len(key["digits"]) * key["per_digit"]), f"{scores['accuracy']:.1f}", *found])
     return table(["start", "images", "accuracy, %", *distances(rows[0])], lines)

@@ -147,7 +147,7 @@ def test_tables_are_means_over_the_rows_of_these_weights(study):
     assert len(samplers) == 7  # the rows of other weights and of real starts are left out
     assert tables.starts_table().splitlines()[2:] == [
         "| real digits at t = 0 | 200 | 98.7 | 0.100 | 0.400 |",
-        "| noise (mean colour) | 200 | 98.7 | 0.100 | 0.400 |",
+        "| noise | 200 | 98.7 | 0.100 | 0.400 |",
     ]
     digits = tables.digits_table()
     assert "| FD-768 to 2,000 validation digits | 0.400 ± 0.000 | 0.0500 |" in digits
