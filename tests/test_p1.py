@@ -221,7 +221,18 @@ def losses(folder) -> list[tuple[str, ...]]:
 def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model):
     """Uninterrupted, against stopped by Ctrl-C in step 3 and killed in step 6, after a row of metrics.csv that is
     written again: the last save is that of step 3."""
-    options = ("--model", model, "--steps", 6, "--eval-every", 2, "--augment", "color,translation,cutout")
+    options = (
+        "--model",
+        model,
+        "--steps",
+        6,
+        "--eval-every",
+        2,
+        "--augment",
+        "color,translation,cutout",
+        "--lookahead",
+        2,
+    )
     assert train(faces, tmp_path / "a", *options).code == 0
 
     update = p1_train.FaceTrainer.update
