@@ -32,8 +32,7 @@ from tqdm import tqdm
 from common.device import autocast, device_and_format, noise, step_generator
 from common.ema import EMA, POWER, reestimate_batch_norm
 from common.errors import Parser, UserError, run_main
-from common.lookahead import Lookahead
-from common.options import from_zero, positive_float, positive_int, several, share_of_one, weight
+from common.options import positive_float, positive_int, several, share_of_one, weight
 from common.parallel import is_first, processes, rank, share
 from common.pictures import sheet
 from common.run import add_common_options, add_sample_options, parse_with_resume
@@ -47,9 +46,8 @@ from models import dcgan, sngan
 from p1_test import generate
 
 MODELS = {"sngan": sngan, "dcgan": dcgan}
-OURS = {"lr_d": 4e-4, "ema": 0.999, "ema_power": POWER, "r1": 0.0, "flip": True, "augment": "", "lookahead": 0}
-OURS |= {"steps": 100_000}
-REPORT = {"lr_d": 2e-4, "ema": 0.0, "ema_power": POWER, "r1": 0.0, "flip": False, "lookahead": 0}
+OURS = {"lr_d": 4e-4, "ema": 0.999, "ema_power": POWER, "r1": 0.0, "flip": True, "augment": "", "steps": 100_000}
+REPORT = {"lr_d": 2e-4, "ema": 0.0, "ema_power": POWER, "r1": 0.0, "flip": False}
 RECIPES = {
     ("sngan", "ours"): OURS | {"loss": "hinge"},
     ("dcgan", "ours"): OURS | {"loss": "logistic", "lr_d": 2e-4, "r1": 0.005, "ema": 0.9999, "ema_power": 3.0},
@@ -82,8 +80,6 @@ def build_parser() -> Parser:
     parser.add_argument("--augment", help=f"* DiffAugment, a comma list of {', '.join(POLICIES)}; '' for none")
     parser.add_argument("--anneal", action=boolean, default=False, help="learning rates fall to 0 over the second half")
     parser.add_argument("--r1", type=weight, help="* weight of the discriminator's gradient penalty, R1")
-    what = "* updates after which both networks go back halfway to where they were so many before; 0 for never"
-    parser.add_argument("--lookahead", type=from_zero, help=what)
     parser.add_argument("--dim", type=positive_int, default=64, help="width of both networks; the report has 64")
     add_sample_options(parser)
     add_common_options(parser)
@@ -104,7 +100,7 @@ def memory_format(o: argparse.Namespace) -> torch.memory_format:
 
 
 class Networks:
-    """Both networks, the averaged generator, both optimisers and the weights that both networks go back to."""
+    """Both networks, the averaged generator and both optimisers."""
 
     def __init__(self, o: argparse.Namespace, device: torch.device):
         torch.manual_seed(o.seed)  # weights are drawn on the CPU: the same on every device
@@ -112,7 +108,6 @@ class Networks:
         self.generator = MODELS[o.model].Generator(dim=o.dim).to(device, memory_format=layout)
         self.discriminator = MODELS[o.model].Discriminator(dim=o.dim).to(device, memory_format=layout)
         self.ema = EMA(self.generator, o.ema, o.ema_power)
-        self.lookahead = Lookahead((self.generator, self.discriminator), o.lookahead)
         self.opt_g, self.opt_d = (
             torch.optim.Adam(network.parameters(), lr, betas=(0.5, 0.999), fused=True)
             for network, lr in ((self.generator, o.lr_g), (self.discriminator, o.lr_d))
@@ -126,7 +121,7 @@ class Networks:
     def parts(self) -> dict[str, Part]:
         """Everything that training changes, and therefore everything that is saved."""
         networks = {"generator": self.generator, "discriminator": self.discriminator, "average": self.average}
-        return networks | {"opt_g": self.opt_g, "opt_d": self.opt_d, "lookahead": self.lookahead}
+        return networks | {"opt_g": self.opt_g, "opt_d": self.opt_d}
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
@@ -187,7 +182,6 @@ def train_step(nets: Networks, images: Tensor, step: int, factor: float, o: argp
         loss_g = generator_loss(nets.discriminator.logits(fake).float(), o.loss)
     descend(loss_g, nets.opt_g, o.lr_g * factor)
     nets.discriminator.requires_grad_(True)
-    nets.lookahead.update(step)
     nets.ema.update(nets.generator, step)
     return torch.stack([loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()]).detach()
 

@@ -122,32 +122,6 @@ def test_one_step_moves_everything_the_right_way(model):
     assert scores[-1] > scores[0]
 
 
-def test_lookahead_goes_back_halfway():
-    """In steps 3 and 6 of the one, with --lookahead 3, both networks are halfway between where they would be and where
-    they last went back to (at first, where they began); the optimisers keep what they have."""
-    nets, images = [], torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8)
-    for every in (0, 3):
-        words = ["--model", "dcgan", "--dim", "2", "--batch-size", "8", "--lookahead", str(every)]
-        o = p1_train.parse_options(words)
-        o.bf16 = False
-        nets.append((p1_train.Networks(o, CPU), o))
-    (plain, without), (ours, o) = nets
-    players = [(getattr(plain, k), getattr(ours, k)) for k in ("generator", "discriminator")]
-    began = [[p.detach().clone() for p in network.parameters()] for network, _ in players]
-    for step in range(6):
-        p1_train.train_step(plain, images, step, 1.0, without)
-        p1_train.train_step(ours, images, step, 1.0, o)
-        for (theirs, mine), before in zip(players, began, strict=True):
-            for p, q, start in zip(theirs.parameters(), mine.parameters(), before, strict=True):
-                if (step + 1) % 3:
-                    assert torch.equal(p, q)
-                else:
-                    assert torch.allclose(q, (p + start) / 2, atol=1e-7)
-                    start.copy_(q.detach())
-                    with torch.no_grad():
-                        p.copy_(q)
-
-
 @pytest.mark.parametrize("model", [dcgan, sngan])
 def test_each_kind_of_image_is_judged_by_itself(model):
     """The logits of generated images are those they have alone, whatever the real images are."""
@@ -221,18 +195,7 @@ def losses(folder) -> list[tuple[str, ...]]:
 def test_resume_is_bit_equal(faces, tmp_path, mean_inception, monkeypatch, model):
     """Uninterrupted, against stopped by Ctrl-C in step 3 and killed in step 6, after a row of metrics.csv that is
     written again: the last save is that of step 3."""
-    options = (
-        "--model",
-        model,
-        "--steps",
-        6,
-        "--eval-every",
-        2,
-        "--augment",
-        "color,translation,cutout",
-        "--lookahead",
-        2,
-    )
+    options = ("--model", model, "--steps", 6, "--eval-every", 2, "--augment", "color,translation,cutout")
     assert train(faces, tmp_path / "a", *options).code == 0
 
     update = p1_train.FaceTrainer.update
